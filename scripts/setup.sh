@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Creates .venv beside the checkout's files and installs the project into it. Safe to run again: it does nothing when
+# the installed set already matches pyproject.toml. Source it (`source scripts/setup.sh`) to also activate the venv.
+#   PYTHON=python3.12 bash scripts/setup.sh     choose the interpreter (3.10 or newer)
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-python3}"
+
+command -v "$python" >/dev/null || { echo "error: $python not found; install Python 3.10 or newer, or set PYTHON" >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+    || { echo "error: $("$python" --version) is too old; Python 3.10 or newer is needed" >&2; exit 2; }
+"$python" -c 'import venv, ensurepip' 2>/dev/null \
+    || { echo "error: $python has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
+
+[ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
+stamp="$root/.venv/.installed"
+if [ ! -f "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
+    echo "setup: installing into $root/.venv (once; torch first, then the rest)"
+    pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+    "${pip[@]}" torch==2.13.0      # one known version for everyone; pyproject.toml accepts torch>=2.9
+    "${pip[@]}" -e "$root[dev]"
+    touch "$stamp"
+fi
+export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"
