@@ -29,11 +29,11 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, and what to do."""
 
 
-def run_main(main) -> None:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+def run_main(main, *also: type[Exception]) -> None:
+    """Run an entry point: a `UserError` (or one of `also`) becomes one line on stderr and exit status 2, Ctrl-C 130."""
     try:
         code = main()
-    except UserError as e:
+    except (UserError, *also) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:

@@ -1,0 +1,73 @@
+"""Causal attention with an optional sliding window: one function, the best kernel that is present.
+
+B batch (runs folded in), T queries, S keys (S >= T while decoding), H heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+FULL = -1  # a window that reaches back to the first token
+
+
+@lru_cache(maxsize=None)
+def backend_for(device_type: str, compiled: bool) -> str:
+    """The kernel family used on this device: "fa3", "flex" or "sdpa".
+
+    FlashAttention-3 needs its package and a Hopper GPU. FlexAttention is only fast inside `torch.compile`, where it
+    skips the blocks outside the window; otherwise SDPA with a mask.
+    """
+    if device_type == "cuda":
+        if torch.cuda.get_device_capability()[0] == 9 and _flash_attention_3() is not None:
+            return "fa3"
+        if compiled:
+            return "flex"
+    return "sdpa"
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = FULL, backend: str = "sdpa") -> torch.Tensor:
+    """Attend causally; query i sees itself and the `window` tokens before it (`FULL`: all of them).
+
+    q (B, T, H, D); k, v (B, S, K, D) with H a multiple of K; the last query is aligned with the last key.
+    Returns (B, T, H, D).
+    """
+    T, S = q.size(1), k.size(1)
+    if window >= S - 1:
+        window = FULL
+    if backend == "fa3":
+        return _flash_attention_3()(q, k, v, causal=True, window_size=(window, 0 if window != FULL else -1))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    grouped = q.size(1) != k.size(1)
+    if window == FULL and T == S:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    elif backend == "flex" and torch.compiler.is_compiling() and T == S:
+        from torch.nn.attention.flex_attention import flex_attention
+        y = flex_attention(q, k, v, block_mask=_block_mask(T, window, q.device), enable_gqa=grouped)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(T, S, window, q.device), enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+@lru_cache(maxsize=32)
+def _mask(T: int, S: int, window: int, device: torch.device) -> torch.Tensor:
+    """(T, S) bool, True where query i + S - T may look at key j."""
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)[None, :]
+    return (distance >= 0) & ((distance <= window) if window != FULL else True)
+
+
+@lru_cache(maxsize=8)
+def _block_mask(T: int, window: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
+
+
+@lru_cache(maxsize=1)
+def _flash_attention_3():
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func

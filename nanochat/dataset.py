@@ -1,0 +1,301 @@
+"""Text for training: folders of parquet shards with one string column `text`. The last shard in sorted order validates.
+
+    python -m nanochat.dataset                    # the embedded corpus: Python's own library, nothing to download
+    python -m nanochat.dataset --from my_texts    # a folder of .jsonl (key `text`) or .txt files, made into shards
+    python -m nanochat.dataset -n 8               # the first 8 FineWeb-Edu shards and the validation shard
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import UserError, base_dir, derive_seed, print0, read_json, run_main, write_json
+
+SHARD_NAME = "shard_{:05d}.parquet"
+FINEWEB_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
+FINEWEB_LAST = 1822              # shards 0 to 1822, about 100 MB each
+HELD_OUT = 16                    # one part in so many of a corpus made here is validation
+TEXT_SHARD_CHARS = 64 << 20      # a shard is shuffled in memory
+EMBEDDED_SHARD_CHARS = 9 << 17   # gives about 8 shards
+
+
+# -----------------------------------------------------------------------------
+# finding and reading shards
+
+def resolve_data(data: str | None = None) -> Path:
+    """The folder of shards that `data` names, built first where need be.
+
+    None or `"embedded"`: the embedded corpus, built on first use and kept, so that a new Python does not change it.
+    `"fineweb-edu"`: what `-n` downloaded. A folder with `*.parquet`: used in place. A folder with `*.jsonl` or `*.txt`
+    at any depth: made into shards once, and again when one of its files changes. Prints a line about it.
+    Raises `UserError` for anything else, and for shards that cannot serve (see `split_shards`).
+    """
+    root = base_dir() / "data"
+    if data in (None, "embedded"):
+        folder = root / "embedded"
+        if not folder.exists():
+            build_embedded(folder)
+    elif data == "fineweb-edu":
+        folder = root / "fineweb-edu"
+        if not (folder / SHARD_NAME.format(FINEWEB_LAST)).exists():   # without it a training shard would validate
+            raise UserError(f"{folder} lacks the FineWeb-Edu shards; get some with: python -m nanochat.dataset -n 8")
+    else:
+        folder = Path(data).expanduser().resolve()
+        if not folder.is_dir():
+            raise UserError(f"data {data!r} is neither 'embedded' nor 'fineweb-edu' nor a folder that exists")
+        if not list_shards(folder):
+            folder = convert_texts(folder, root)
+    split_shards(folder)
+    record = corpus_record(folder)
+    texts = "{files} files, {documents} documents, {bytes:,} bytes, ".format(**record) if "files" in record else ""
+    print0(f"data: {folder}: {record['shards']} shards, {texts}sha256 {record['sha256'][:12]}")
+    return folder
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """The `*.parquet` files of a folder, sorted by name; hidden and partial files do not count."""
+    return sorted(p for p in Path(folder).glob("*.parquet") if p.is_file() and not p.name.startswith("."))
+
+
+def split_shards(folder: Path) -> tuple[list[Path], Path]:
+    """(training shards, validation shard): the last shard validates.
+
+    Opens every shard; raises `UserError` for one that cannot be read or has no string column `text`, if there are
+    fewer than two shards, or if a side has no documents.
+    """
+    shards = list_shards(folder)
+    if not shards:
+        raise UserError(f"{folder} holds no .parquet shards")
+    rows = [open_shard(path).metadata.num_rows for path in shards]
+    if len(shards) == 1:
+        raise UserError(f"{shards[0]} is the only shard, so nothing is left for validation; add a second one (the last "
+                        "in sorted order validates), or give the texts as .jsonl with --from: they are split for you")
+    for side, count in ("training", sum(rows[:-1])), ("validation", rows[-1]):
+        if count == 0:
+            raise UserError(f"{folder} has no documents for {side} (the last shard in sorted order validates)")
+    return shards[:-1], shards[-1]
+
+
+def iter_texts(path: Path, row_groups: range | None = None) -> Iterator[list[str]]:
+    """The documents of a shard, or of some of its row groups, in lists of at most 1024; nulls are left out.
+
+    Raises `UserError` naming the file if it is corrupt or has no string column `text`.
+    """
+    file = open_shard(path)
+    groups = list(range(file.num_row_groups) if row_groups is None else row_groups)
+    try:
+        for batch in file.iter_batches(1024, row_groups=groups, columns=["text"]):
+            yield batch.column(0).drop_null().to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(corrupt(path, e)) from None
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Read a shard's footer; raises `UserError` if it is no parquet file or has no string column `text`."""
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(corrupt(path, e)) from None
+    columns = {field.name: field.type for field in file.schema_arrow}
+    if "text" not in columns:
+        raise UserError(f"{path} has no column 'text', only {', '.join(columns)}; rename the one that holds the text")
+    if columns["text"] not in (pa.string(), pa.large_string()):
+        raise UserError(f"{path}: the column 'text' is {columns['text']}, not string; write it as strings")
+    return file
+
+
+def corrupt(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); delete it and get or make it again"
+
+
+def corpus_record(folder: Path) -> dict:
+    """What identifies a corpus, for a run's `config.json`: shards, shard_bytes, sha256.
+
+    For shards written here the hash is of the documents and comes from `manifest.json`, with the number of documents
+    and files and where they came from. For others it is of the shards' names and sizes.
+    """
+    sizes = [(path.name, path.stat().st_size) for path in list_shards(folder)]
+    record = {"shards": len(sizes), "shard_bytes": sum(size for _, size in sizes)}
+    manifest = Path(folder) / "manifest.json"
+    told = read_json(manifest, "manifest") if manifest.exists() else {}
+    if record.items() <= told.items():   # else shards were added or taken away since
+        return told
+    return record | {"sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()}
+
+
+# -----------------------------------------------------------------------------
+# making shards
+
+def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_chars: int, **origin) -> None:
+    """Write (text, held out?) pairs to `folder`, which appears whole, with its manifest, or not at all.
+
+    Raises `UserError` if there is no document for one of the sides.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        count, size, digest = 0, 0, hashlib.sha256()
+        for index, texts in enumerate(fill_shards(documents, shard_chars)):
+            for raw in map(str.encode, texts):
+                count, size = count + 1, size + len(raw)
+                digest.update(b"%d:%b" % (len(raw), raw))
+            pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), new / SHARD_NAME.format(index),
+                           row_group_size=128, compression="zstd", write_page_checksum=True)
+        if count < 2:
+            raise UserError(f"{origin['source']}: {count} documents; two at least are needed, one of them to validate")
+        write_json(new / "manifest.json", corpus_record(new) | {
+            **origin, "documents": count, "bytes": size, "sha256": digest.hexdigest()})
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.exists():   # else another process was faster, and has written the same
+                raise
+
+
+def fill_shards(documents: Iterable[tuple[str, bool]], shard_chars: int) -> Iterator[list[str]]:
+    """The documents of each shard, shuffled within it with a fixed seed; the held-out ones are the last shard.
+
+    When that one is full, what else is marked as held out goes into training.
+    """
+    rng = random.Random(derive_seed(0, "shards"))
+    sides, chars = {True: [], False: []}, {True: 0, False: 0}
+    for text, held_out in documents:
+        held_out = held_out and chars[True] < shard_chars
+        sides[held_out].append(text)
+        chars[held_out] += len(text)
+        if chars[False] >= shard_chars:
+            yield rng.sample(sides[False], len(sides[False]))
+            sides[False], chars[False] = [], 0
+    for rest in sides[False], sides[True]:
+        if rest:
+            yield rng.sample(rest, len(rest))
+
+
+def convert_texts(source: Path, root: Path) -> Path:
+    """Make shards of the `.jsonl` and `.txt` files under `source`, unless it was done; returns their folder."""
+    files = sorted(path for suffix in ("jsonl", "txt") for path in source.rglob(f"*.{suffix}")
+                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts))
+    if not files:
+        raise UserError(f"{source} holds no .parquet shards, and no .jsonl or .txt files to make them of")
+    stats = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(json.dumps([str(source), stats]).encode()).hexdigest()[:8]
+    folder = root / f"{source.name}-{key}"
+    if not folder.exists():
+        print0(f"making shards of {len(files)} files, {sum(size for _, size, _ in stats) / 1e6:.1f} MB, in {source}")
+        random.Random(derive_seed(0, "files")).shuffle(files)
+        documents = ((text, i % HELD_OUT == 1) for i, text in enumerate(read_texts(files)))
+        write_shards(folder, documents, TEXT_SHARD_CHARS, source=str(source), files=len(files))
+    return folder
+
+
+def read_texts(files: list[Path]) -> Iterator[str]:
+    """The documents of `.jsonl` (a line each) and `.txt` files (a file each), without the blank ones."""
+    for path in files:
+        is_jsonl = path.suffix == ".jsonl"
+        with open(path, "rb") as f:
+            for number, raw in enumerate(f if is_jsonl else [f.read()], 1):
+                try:
+                    text = "" if not raw.strip() else json.loads(raw)["text"] if is_jsonl else raw.decode("utf-8-sig")
+                    text.encode()   # fails for what is no string, and for a lone surrogate
+                except (ValueError, LookupError, TypeError, AttributeError) as e:
+                    what = f'line {number} is not a JSON object with a string "text"' if is_jsonl else "not UTF-8"
+                    raise UserError(f"{path}: {what} ({e}); mend it or take it out") from None
+                if text.strip():
+                    yield text
+
+
+# -----------------------------------------------------------------------------
+# the embedded corpus: source and doc strings of Python's standard library
+
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "idlelib",
+                   "ensurepip", "encodings", "pydoc_data"}
+TABLES = re.compile(r"_sysconfigdata|config-|html/entities\.py|stringprep\.py|re/_casefix\.py")   # made by machines
+BORDERS = (r"(?<=\n\n)(?=\S)", r"(?<=\n\n)(?=    (?:@|(?:def|class|async)\b))", r"(?<=\n\n)(?=[^\n])", r"(?<=\n)")
+
+
+def build_embedded(folder: Path) -> None:
+    """Write the embedded corpus. Whole files are held out, so that no file has parts on both sides."""
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = library_texts(library)
+    if not texts:
+        raise UserError(f"this Python has no library source in {library}; name a folder of texts instead")
+    rng = random.Random(derive_seed(0, "embedded"))
+    to_hold_out, documents = sum(map(len, texts.values())) / HELD_OUT, []
+    for name in rng.sample(sorted(texts), len(texts)):
+        documents += [(piece, to_hold_out > 0) for piece in split_source(texts[name])]
+        to_hold_out -= len(texts[name])
+    rng.shuffle(documents)
+    write_shards(folder, documents, EMBEDDED_SHARD_CHARS, source="embedded", files=len(texts),
+                 python=platform.python_version())
+
+
+def library_texts(library: Path) -> dict[str, str]:
+    """The library's files worth reading, by name: UTF-8, 500 bytes or more, written by hand, no tests."""
+    texts = {}
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library)
+        if SKIPPED_FOLDERS.isdisjoint(name.parts) and not TABLES.match(name.as_posix()) and path.stat().st_size >= 500:
+            with contextlib.suppress(UnicodeDecodeError):
+                texts[name.as_posix()] = path.read_text(encoding="utf-8")
+    return texts
+
+
+def split_source(text: str, shortest: int = 2048, longest: int = 5120) -> list[str]:
+    """Cut source into documents of `shortest` to `longest` characters (the last one up to `shortest` longer).
+
+    They begin at a top-level statement where possible, else at a method, a paragraph or a line; joined they are
+    `text` again. A line is never cut.
+    """
+    def parts(text: str, level: int) -> Iterator[str]:
+        if len(text) <= longest - shortest or level == len(BORDERS):
+            yield text
+        else:
+            for part in re.split(BORDERS[level], text):
+                yield from parts(part, level + 1)
+
+    pieces = [""]
+    for part in parts(text, 0):
+        if len(pieces[-1]) >= shortest and len(pieces[-1]) + len(part) > longest:
+            pieces.append("")
+        pieces[-1] += part
+    if len(pieces) > 1 and len(pieces[-1]) < shortest:
+        pieces[-2:] = ["".join(pieces[-2:])]
+    return pieces
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prepare a corpus; without flags, the embedded one.")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--from", dest="source", metavar="DIR", help="a folder of .parquet, .jsonl or .txt files")
+    choice.add_argument("-n", type=int, help="download the first N FineWeb-Edu shards and the validation shard")
+    parser.add_argument("-w", "--workers", type=int, default=4, help="parallel downloads (default: %(default)s)")
+    parser.add_argument("--url", default=FINEWEB_URL, help="a mirror to download from (default: %(default)s)")
+    args = parser.parse_args()
+    data = args.source
+    if args.n is not None:
+        if not 0 < args.n <= FINEWEB_LAST:
+            raise UserError(f"-n {args.n}: FineWeb-Edu has {FINEWEB_LAST} training shards; give 1 to {FINEWEB_LAST}")
+        from nanochat.download import download_files   # here, so that reading shards does not need requests
+        data = "fineweb-edu"
+        names = [SHARD_NAME.format(i) for i in (FINEWEB_LAST, *range(args.n))]
+        download_files(args.url, names, base_dir() / "data" / data, check=open_shard, workers=args.workers)
+    resolve_data(data)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,297 @@
+"""The GPT of DESIGN section 4: rotary attention with windows, relu^2 MLP, value embeddings, per-layer residual scalars.
+
+`GPT(config)` is one model. `GPT(config, runs=R)` is R models of the same shape trained side by side as one batched
+program: every parameter gets a leading axis of R, and every matrix product becomes a batched one. Nothing else differs,
+so a run inside the batch and the same run alone agree to rounding.
+
+R runs (absent for one model), B batch, T time, C width, H heads, K kv heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat import attention as attn_kernels
+from nanochat.cross_entropy import ChunkedLoss, cross_entropy, mean_loss, softcapped_logits
+from nanochat.optim import MuonAdamW
+
+VE_GATE_CHANNELS = 32  # the gate of the value embeddings reads this many channels of the block input
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    @classmethod
+    def from_depth(cls, depth: int, aspect_ratio: int = 64, head_dim: int = 128, **rest) -> GPTConfig:
+        """Width = depth x aspect_ratio rounded up to a multiple of head_dim; heads = width / head_dim."""
+        width = math.ceil(depth * aspect_ratio / head_dim) * head_dim
+        return cls(n_layer=depth, n_head=width // head_dim, n_kv_head=width // head_dim, n_embd=width, **rest)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm over the last axis, without a learned scale."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate (..., T, heads, D) by minus theta, halves split; cos and sin (T, 1, D/2) in fp32."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
+
+
+def has_value_embedding(layer: int, n_layer: int) -> bool:
+    """Every second layer, counted so that the last one has one."""
+    return layer % 2 == (n_layer - 1) % 2
+
+
+class Linear(nn.Module):
+    """x (..., in) -> (..., out) without bias; with runs x (R, ..., in) and weight (R, out, in)."""
+
+    def __init__(self, lead: tuple[int, ...], n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*lead, n_out, n_in))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight)
+        return torch.bmm(x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
+
+
+class Embedding(nn.Module):
+    """idx (B, T) -> (B, T, C); with runs idx (R, B, T) and weight (R, V, C) -> (R, B, T, C)."""
+
+    def __init__(self, lead: tuple[int, ...], n_rows: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*lead, n_rows, width))
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        if self.weight.dim() == 2:
+            return F.embedding(idx, self.weight)
+        R, V, _ = self.weight.shape
+        return F.embedding(idx + torch.arange(0, R * V, V, device=idx.device).view(R, 1, 1), self.weight.flatten(0, 1))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, window: int, lead: tuple[int, ...]):
+        super().__init__()
+        self.layer, self.window, self.head_dim = layer, window, config.n_embd // config.n_head
+        width, kv_width = config.n_embd, config.n_kv_head * self.head_dim
+        self.c_q = Linear(lead, width, width)
+        self.c_k = Linear(lead, width, kv_width)
+        self.c_v = Linear(lead, width, kv_width)
+        self.c_proj = Linear(lead, width, width)
+        if has_value_embedding(layer, config.n_layer):
+            self.ve_gate = Linear(lead, VE_GATE_CHANNELS, config.n_kv_head)
+
+    def forward(self, x, ve, cos, sin, backend, kv_cache):  # x (..., T, C), ve (..., T, K * D) or None
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.c_q, self.c_k, self.c_v))  # (..., T, H, D)
+        if ve is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (..., T, K)
+            v = v + gate.unsqueeze(-1) * ve.unflatten(-1, (-1, self.head_dim))
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        lead = q.shape[:-3]
+        q, k, v = (t.flatten(0, -4) for t in (q, k, v))  # runs join the batch: attention has no weights
+        if kv_cache is not None:
+            k, v = kv_cache.append(self.layer, k, v)
+        y = attn_kernels.attention(q, k, v, self.window, backend)
+        return self.c_proj(y.flatten(-2).unflatten(0, lead))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, lead: tuple[int, ...]):
+        super().__init__()
+        self.c_fc = Linear(lead, width, 4 * width)
+        self.c_proj = Linear(lead, 4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, window: int, lead: tuple[int, ...]):
+        super().__init__()
+        self.attn = Attention(config, layer, window, lead)
+        self.mlp = MLP(config.n_embd, lead)
+
+    def forward(self, x, ve, cos, sin, backend, kv_cache):
+        x = x + self.attn(norm(x), ve, cos, sin, backend, kv_cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """See the module docstring. Cheap to build on the meta device; call `to_empty(device=...)`, then `init_weights()`.
+
+    Raises ValueError for a window pattern with other letters than S and L, or a width below the gate's 32 channels.
+    """
+
+    def __init__(self, config: GPTConfig, runs: int | None = None):
+        super().__init__()
+        if not config.window_pattern or set(config.window_pattern) - {"S", "L"}:
+            raise ValueError(f"window pattern {config.window_pattern!r} may hold only S (half context) and L (full)")
+        if config.n_embd < VE_GATE_CHANNELS:
+            raise ValueError(f"width {config.n_embd} is below {VE_GATE_CHANNELS}, which the value-embedding gate reads")
+        self.config, self.runs = config, runs
+        self.backend = "sdpa"
+        self.chunked_loss = False  # set by `configure`
+        lead = () if runs is None else (runs,)
+        padded_vocab = math.ceil(config.vocab_size / 64) * 64
+        head_dim = config.n_embd // config.n_head
+        self.windows = window_sizes(config)
+        self.transformer = nn.ModuleDict({
+            "wte": Embedding(lead, padded_vocab, config.n_embd),
+            "h": nn.ModuleList([Block(config, i, w, lead) for i, w in enumerate(self.windows)]),
+        })
+        self.lm_head = Linear(lead, config.n_embd, padded_vocab)
+        self.resid_lambdas = nn.Parameter(torch.empty(*lead, config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(*lead, config.n_layer))
+        self.value_embeds = nn.ModuleDict({
+            str(i): Embedding(lead, padded_vocab, config.n_kv_head * head_dim)
+            for i in range(config.n_layer) if has_value_embedding(i, config.n_layer)})
+        for name in ("cos", "sin"):  # filled by init_weights: on the meta device there is nothing to fill
+            self.register_buffer(name, torch.empty(config.sequence_len, 1, head_dim // 2), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def configure(self, compiled: bool) -> str:
+        """Choose the kernels for the device the weights lie on; returns a line that says which."""
+        self.backend = attn_kernels.backend_for(self.device.type, compiled)
+        self.chunked_loss = not compiled and self.device.type == "cpu"
+        return f"attention: {self.backend}, loss: {'chunked' if self.chunked_loss else 'full logits'}"
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise all runs alike from `generator` (default: torch's global one): see DESIGN section 4."""
+        def fill(p: torch.Tensor, std: float, draw) -> None:
+            one = torch.empty(p.shape if self.runs is None else p.shape[1:], device=p.device, dtype=torch.float32)
+            p.copy_(draw(one, std))
+
+        def normal(t, std):
+            return t.normal_(0.0, std, generator=generator)
+
+        def uniform(t, std):  # U(-a, a) has standard deviation a / sqrt(3)
+            return t.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+
+        std = self.config.n_embd ** -0.5
+        fill(self.transformer.wte.weight, 1.0, normal)
+        fill(self.lm_head.weight, 0.001, normal)
+        for block in self.transformer.h:
+            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                fill(matrix.weight, std, uniform)
+            for matrix in (block.attn.c_proj, block.mlp.c_proj):
+                matrix.weight.zero_()
+            if hasattr(block.attn, "ve_gate"):
+                block.attn.ve_gate.weight.zero_()
+        self.resid_lambdas.fill_(1.0)
+        self.x0_lambdas.fill_(0.1)
+        for embed in self.value_embeds.values():
+            fill(embed.weight, std, uniform)
+        self.fill_rotary()
+        if self.device.type == "cuda":  # embeddings are read, never multiplied: bf16 halves their traffic
+            for embed in (self.transformer.wte, *self.value_embeds.values()):
+                embed.to(torch.bfloat16)
+
+    def fill_rotary(self) -> None:
+        """Fill the rotary tables (fp32, base 10000); weights loaded without `init_weights` need them too."""
+        D = self.config.n_embd // self.config.n_head
+        frequency = 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float32, device=self.device) / D)
+        angle = torch.arange(self.config.sequence_len, dtype=torch.float32, device=self.device)[:, None] * frequency
+        self.cos.copy_(angle.cos()[:, None, :])
+        self.sin.copy_(angle.sin()[:, None, :])
+
+    def forward(self, idx, targets=None, loss_reduction="mean", kv_cache=None):
+        """idx (B, T) -> logits (B, T, V) fp32; with `targets` (B, T) the mean loss, or `"none"`: (B*T,) losses.
+
+        With runs: idx (R, B, T), or (B, T) shared by all; logits (R, B, T, V), loss (R,), or (R, B*T). Targets of -1
+        are left out. `kv_cache` (one model only) holds what came before idx and grows by T.
+        """
+        if self.runs is not None:
+            idx = idx.expand(self.runs, *idx.shape[-2:])
+            targets = None if targets is None else targets.expand_as(idx)
+        start = 0 if kv_cache is None else kv_cache.length
+        T = idx.size(-1)
+        if start + T > self.config.sequence_len:
+            raise ValueError(f"{start + T} tokens do not fit the model's sequence length {self.config.sequence_len}")
+        cos, sin = self.cos[start:start + T], self.sin[start:start + T]
+
+        x = x0 = norm(self.transformer.wte(idx))
+        per_layer = [p.to(x.dtype).unbind(-1) for p in (self.resid_lambdas, self.x0_lambdas)]
+        for i, block in enumerate(self.transformer.h):
+            resid, skip = (lam[i] if self.runs is None else lam[i].view(-1, 1, 1, 1) for lam in per_layer)
+            x = resid * x + skip * x0
+            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block(x, ve, cos, sin, self.backend, kv_cache)
+        x = norm(x)
+
+        head = self.lm_head.weight[..., :self.config.vocab_size, :]
+        if targets is None:
+            return softcapped_logits(x.flatten(1, -2), head).unflatten(1, x.shape[1:-1]) if self.runs else softcapped_logits(x, head)
+        x, targets = x.flatten(-3, -2), targets.flatten(-2)  # (..., N, C), (..., N)
+        if loss_reduction == "mean" and self.chunked_loss and torch.is_grad_enabled():
+            if self.runs is None:
+                return ChunkedLoss.apply(x[None], head[None], targets[None])[0]
+            return ChunkedLoss.apply(x, head, targets)
+        losses = cross_entropy(softcapped_logits(x, head), targets)
+        return losses if loss_reduction == "none" else mean_loss(losses, targets)
+
+    def num_params(self) -> int:
+        """Parameters of one model."""
+        return sum(p.numel() for p in self.parameters()) // (self.runs or 1)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward: 6 per weight in a product, 12 D H per visible key."""
+        c = self.config
+        lookups = sum(e.weight.numel() for e in (self.transformer.wte, *self.value_embeds.values()))
+        scalars = self.resid_lambdas.numel() + self.x0_lambdas.numel()
+        products = self.num_params() - (lookups + scalars) // (self.runs or 1)
+        keys = sum(c.sequence_len if w < 0 else min(w, c.sequence_len) for w in self.windows)
+        return 6 * products + 12 * c.n_embd * keys
+
+    def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.3, matrix_lr: float = 0.02,
+                        weight_decay: float = 0.0, adam_betas: tuple[float, float] = (0.8, 0.95), scalar_lr: float = 0.5,
+                        rank: int = 0, world_size: int = 1) -> MuonAdamW:
+        """The optimizer of DESIGN section 4: AdamW for embeddings, head and scalars, Muon for the block matrices.
+
+        The AdamW rates of the embeddings and the head scale with (width / 768)^-0.5; `weight_decay` is Muon's.
+        """
+        scale = (self.config.n_embd / 768) ** -0.5
+        adamw = {"kind": "adamw", "betas": adam_betas, "eps": 1e-10, "weight_decay": 0.0}
+        groups = [
+            {"name": "lm_head", "params": [self.lm_head.weight], "lr": unembedding_lr * scale, **adamw},
+            {"name": "wte", "params": [self.transformer.wte.weight], "lr": embedding_lr * scale, **adamw},
+            {"name": "value_embeds", "params": [e.weight for e in self.value_embeds.values()], "lr": embedding_lr * scale, **adamw},
+            {"name": "resid_lambdas", "params": [self.resid_lambdas], "lr": scalar_lr * 0.01, **adamw},
+            {"name": "x0_lambdas", "params": [self.x0_lambdas], "lr": scalar_lr, **adamw, "betas": (0.96, 0.95)},
+        ]
+        matrices: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for p in self.transformer.h.parameters():
+            matrices.setdefault(tuple(p.shape[-2:]), []).append(p)
+        for (rows, cols), params in sorted(matrices.items()):
+            groups.append({"name": f"muon_{rows}x{cols}", "kind": "muon", "params": params, "lr": matrix_lr,
+                           "momentum": 0.95, "beta2": 0.95, "weight_decay": weight_decay})
+        for group in groups:
+            group["initial_lr"], group["initial_wd"] = group["lr"], group["weight_decay"]
+        covered, total = sum(p.numel() for g in groups for p in g["params"]), sum(p.numel() for p in self.parameters())
+        assert covered == total, f"the groups hold {covered} of {total} parameters"
+        return MuonAdamW(groups, rank=rank, world_size=world_size)
+
+
+def window_sizes(config: GPTConfig) -> list[int]:
+    """Per layer: half the context for S, `FULL` for L; the pattern is tiled over the layers, the last is always L."""
+    pattern = config.window_pattern * config.n_layer
+    sizes = [config.sequence_len // 2 if c == "S" else attn_kernels.FULL for c in pattern[:config.n_layer]]
+    sizes[-1] = attn_kernels.FULL
+    return sizes

@@ -1,0 +1,36 @@
+"""Stopping a run in order: SIGTERM, SIGUSR1 and Ctrl-C ask for a stop after the step; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import Compute
+
+REQUEUE_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: saved and resumable, run the same command again
+
+
+class StopRequest:
+    """Installs the handlers; `requested()` says, the same on all ranks, whether to save and leave after this step."""
+
+    def __init__(self, compute: Compute):
+        self.compute, self.signal_number = compute, 0
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        if self.signal_number:
+            os._exit(128 + number)
+        self.signal_number = number
+        if self.compute.is_main:
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving (again: exit at once)\n".encode())
+
+    def requested(self) -> bool:
+        if self.compute.world_size == 1:
+            return self.signal_number != 0
+        flag = torch.tensor(float(self.signal_number != 0), device=self.compute.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag.item() > 0

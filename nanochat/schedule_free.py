@@ -1,0 +1,65 @@
+"""Schedule-free AdamW on the AdamW groups, Muon on the matrices: the baseline of the paper's Table 3.
+
+The `schedulefree` package keeps two versions of the weights and must be told which one is wanted: `train()` before
+training steps, `eval()` before evaluating or exporting.
+"""
+
+from __future__ import annotations
+
+import schedulefree
+import torch
+import torch.distributed as dist
+
+from nanochat.optim import MuonAdamW
+
+_COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")  # what the package keeps outside its tensors
+
+
+class ScheduleFreeMuon:
+    """One optimizer out of two: `groups` of kind "muon" go to `MuonAdamW`, the rest to `AdamWScheduleFree`.
+
+    `lr`, `weight_decay` and `warmup_steps` are the schedule-free part's, the same for all its groups. Its gradients are
+    averaged over ranks, its state is the same on every rank.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, weight_decay: float, warmup_steps: int, rank: int = 0, world_size: int = 1):
+        self.muon = MuonAdamW([g for g in groups if g["kind"] == "muon"], rank, world_size)
+        self.params = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
+        self.free = schedulefree.AdamWScheduleFree(self.params, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        self.world_size = world_size
+        self.param_groups = self.muon.param_groups  # what a base schedule and a controller may set
+        self.free.train()
+
+    def train(self) -> None:
+        self.free.train()
+
+    def eval(self) -> None:
+        self.free.eval()
+
+    def step(self, closure=None):
+        """One step of both; in train mode only."""
+        loss = None if closure is None else closure()
+        if self.world_size > 1:
+            for p in self.params:
+                dist.all_reduce(p.grad)
+                p.grad.div_(self.world_size)
+        self.free.step()
+        self.muon.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        """Nested dict of tensors and numbers; collective when N > 1. Taken in train mode it resumes bit for bit."""
+        tensors = {f"{i}.{name}": t for i, p in enumerate(self.params) for name, t in self.free.state[p].items()}
+        return {"muon": self.muon.state_dict(), "free": tensors, "counters": {k: self.free.param_groups[0][k] for k in _COUNTERS}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError when tensors do not fit."""
+        self.muon.load_state_dict(state["muon"])
+        self.free.state.clear()
+        for key, tensor in state["free"].items():
+            index, name = key.split(".")
+            p = self.params[int(index)]
+            if tensor.shape != p.shape:
+                raise ValueError(f"schedule-free state {key} has shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
+            self.free.state[p][name] = torch.empty_like(p).copy_(tensor)
+        self.free.param_groups[0].update({k: state["counters"][k] for k in _COUNTERS})

@@ -1,0 +1,147 @@
+"""Byte-level BPE: trained with `rustbpe`, run with `tiktoken`, kept as one JSON file.
+
+Ids: the merges in the order they were learnt (the 256 single bytes first), then the special tokens, `<|bos|>` first.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from nanochat.common import UserError, base_dir, read_json, write_json
+
+FORMAT = 1
+FILE_NAME = "tokenizer.json"
+RETRAIN = "train it anew: python -m scripts.tok_train --force"
+
+SPECIAL_TOKENS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+                  "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
+
+# Text is cut into these pieces first; merges never cross a cut. GPT-4's pattern with two changes: digits in groups of
+# at most 2 (a small vocabulary cannot spare tokens for 1,000 numbers), and runs of whitespace in pieces of at most 256
+# (an unbounded run backtracks until the regex engine overflows its stack: a million spaces would end the program).
+SPLIT_PATTERN = "|".join([
+    r"'(?i:[sdmt]|ll|ve|re)",          # English contractions
+    r"[^\r\n\p{L}\p{N}]?+\p{L}+",      # a word, with the one space or sign before it
+    r"\p{N}{1,2}",                     # digits
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*",     # signs, with the line break after them
+    r"\s{0,256}[\r\n]",                # blank lines
+    r"\s{1,256}(?!\S)",                # whitespace but for the last one, which belongs to the word that follows
+    r"\s",
+])
+
+
+def tokenizer_folder(name: str = "default") -> Path:
+    """Where `scripts.tok_train` saves the tokenizer called `name`."""
+    return base_dir() / "tokenizer" / name
+
+
+class Tokenizer:
+    """A fixed vocabulary. Text is always ordinary text: a special token spelt out in a document stays plain characters.
+
+    `ranks`: the bytes of every ordinary token, by id. Raises `ValueError` if they lack a byte or repeat a token, or if
+    the pattern is no regular expression.
+    """
+
+    def __init__(self, pattern: str, ranks: list[bytes]):
+        self.pattern, self.ranks = pattern, ranks
+        if len(set(ranks)) < len(ranks) or not {bytes([b]) for b in range(256)} <= set(ranks):
+            raise ValueError("its ranks repeat a token or lack a byte")
+        self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.bos = self.specials["<|bos|>"]
+        self._encoding = tiktoken.Encoding("nanochat", pat_str=pattern, special_tokens=self.specials,
+                                           mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn `vocab_size` - 9 ordinary tokens from `texts`; equal texts in equal order give an equal tokenizer.
+
+        Raises `UserError` if the vocabulary is too small for bytes and specials, or too large for the text.
+        """
+        n_ranks, smallest = vocab_size - len(SPECIAL_TOKENS), 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise UserError(f"--vocab-size {vocab_size} is too small; {smallest} hold the 256 bytes and the specials")
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(map(well_formed, texts), n_ranks, pattern=SPLIT_PATTERN)
+        ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+        if len(ranks) < n_ranks:
+            reached = len(ranks) + len(SPECIAL_TOKENS)
+            raise UserError(f"the text is too small for --vocab-size {vocab_size}: its merges end at a vocabulary of "
+                            f"{reached}; choose at most that, or give more text")
+        return cls(SPLIT_PATTERN, ranks)
+
+    # -----------------------------------------------------------------------------
+    # disk
+
+    @functools.cached_property
+    def _definition(self) -> dict:
+        return {"format": FORMAT, "pattern": self.pattern, "special_tokens": SPECIAL_TOKENS,
+                "ranks": [base64.b64encode(token).decode() for token in self.ranks]}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the definition: equal fingerprints, equal tokens for every text."""
+        return hashlib.sha256(json.dumps(self._definition, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        write_json(Path(folder) / FILE_NAME, self._definition)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read what `save` wrote. Raises `UserError` if it is missing, malformed or of another format."""
+        path = Path(folder) / FILE_NAME
+        if not path.exists():
+            raise UserError(f"there is no tokenizer in {folder}; train one: python -m scripts.tok_train")
+        saved = read_json(path, "tokenizer")
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise UserError(f"tokenizer {path} is not of format {FORMAT}; {RETRAIN}")
+        try:
+            if saved["special_tokens"] != SPECIAL_TOKENS:
+                raise ValueError("its special tokens are not nanochat's")
+            pattern, ranks = saved["pattern"], [base64.b64decode(token, validate=True) for token in saved["ranks"]]
+            return cls(pattern, ranks)
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"tokenizer {path} is malformed ({e}); {RETRAIN}") from None
+
+    # -----------------------------------------------------------------------------
+    # text <-> ids
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """The ids of `text`, after `<|bos|>` if `bos`."""
+        ids = self._encode_array(text).tolist()
+        return [self.bos, *ids] if bos else ids
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """The ids of every text as uint32 arrays, without `<|bos|>`. tiktoken leaves the GIL, so threads are cores."""
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self._encode_array, texts))
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens by name. Bytes that are no UTF-8 become U+FFFD."""
+        return self._encoding.decode(list(ids))
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int32: the raw bytes of each token, 0 for the specials (what bits per byte divides by)."""
+        return np.array([len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
+
+
+def well_formed(text: str) -> str:
+    """`text` with lone surrogates (JSON can smuggle them in) replaced by `?`: they have no UTF-8."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,388 @@
+"""Train a language model, with or without a controller on its learning rates and weight decay.
+
+    python -m scripts.base_train                                       paper size on a GPU, tiny on a CPU
+    python -m scripts.base_train --hparams uniform --controller jel    the paper's JEL run with the shipped policy
+    torchrun --standalone --nproc_per_node 8 -m scripts.base_train     the same run on 8 GPUs
+    python -m scripts.base_train --controller my_module:MyController   a controller of your own (see jel/controller.py)
+
+Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, model.safetensors, result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import shutil
+import time
+
+import torch
+
+from jel.actions import IDENTITY, apply_multipliers
+from jel.controller import load_controller
+from jel.errors import JelError
+from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, save_weights, set_rng_state
+from nanochat.common import (Compute, RunLog, Stopwatch, UserError, base_dir, derive_seed, format_seconds, init_compute, print0, read_json, run_main,
+                             seed_everything)
+from nanochat.dataloader import DataLoader, fixed_batches
+from nanochat.dataset import corpus_record, resolve_data
+from nanochat.engine import generate
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
+from nanochat.loss_eval import bits_per_byte
+from nanochat.schedule import base_hparams, set_momentum
+from nanochat.schedule_free import ScheduleFreeMuon
+from nanochat.tokenizer import Tokenizer, tokenizer_folder
+from nanochat.tokens import TokenCache
+from scripts.presets import add_preset_flag, parse_with_preset
+
+# -----------------------------------------------------------------------------
+# flags (a default here is the paper's; presets list what they change)
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    add_preset_flag(parser)
+    # model
+    flag("--depth", type=int, default=6, help="layers; width and heads follow from it")
+    flag("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
+    flag("--head-dim", type=int, default=128)
+    flag("--max-seq-len", type=int, default=2048)
+    flag("--window-pattern", default="SSSL", help="per layer, tiled: S sees half the context, L all of it; the last layer is always L")
+    # data
+    flag("--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt")
+    flag("--tokenizer", default="default", help="name of a tokenizer trained by scripts.tok_train")
+    # length and batch
+    flag("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-param-data-ratio")
+    flag("--target-param-data-ratio", type=float, default=4.0, help="training tokens per parameter")
+    flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank")
+    flag("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, over all ranks and micro-batches")
+    # hyperparameters
+    flag("--hparams", choices=["hand-tuned", "uniform"], default="hand-tuned", help="per-group rates, or one for all (--base-lr, --base-wd)")
+    flag("--embedding-lr", type=float, default=0.3)
+    flag("--unembedding-lr", type=float, default=0.004)
+    flag("--matrix-lr", type=float, default=0.02)
+    flag("--scalar-lr", type=float, default=0.5)
+    flag("--weight-decay", type=float, default=0.2, help="Muon's, at depth 12; scaled by (12 / depth)^2")
+    flag("--adam-beta1", type=float, default=0.8)
+    flag("--adam-beta2", type=float, default=0.95)
+    flag("--lr-batch-rule", choices=["sqrt", "none"], default="sqrt", help="hand-tuned rates x sqrt(batch tokens / 2^19), or as they are")
+    flag("--base-lr", type=float, default=1e-3, help="--hparams uniform: every group's rate")
+    flag("--base-wd", type=float, default=1e-2, help="--hparams uniform: every group's weight decay")
+    flag("--warmup-ratio", type=float, default=0.0)
+    flag("--warmdown-ratio", type=float, default=0.4)
+    flag("--final-lr-frac", type=float, default=0.0)
+    # method
+    flag("--optimizer", choices=["muon-adamw", "schedule-free"], default="muon-adamw")
+    flag("--sf-lr", type=float, default=2.0)
+    flag("--sf-wd", type=float, default=0.0)
+    flag("--sf-warmup", type=int, default=0, help="steps")
+    flag("--controller", default="none", help="none, jel, schedule, or PYTHON.PATH:Class")
+    flag("--policy", help="the controller's policy (or schedule) file; default: the policy shipped with the package")
+    flag("--decision-interval", type=int, default=50, help="steps between the controller's decisions")
+    # evaluation, saving, logging
+    flag("--eval-every", type=int, default=50, help="steps between validations; 0 = only at the end")
+    flag("--eval-tokens", type=int, default=20 * 524288)
+    flag("--sample-tokens", type=int, default=64, help="tokens of sample text at the end; 0 = none")
+    flag("--save-every", type=int, default=100, help="steps between checkpoints; 0 = none")
+    flag("--resume", default="none", help="none, or auto: go on from the newest whole checkpoint of this run, if there is one")
+    flag("--run", default="dummy", help="wandb run name; dummy = off")
+    flag("--model-tag", default="", help="name of the run's folder; default d<depth>")
+    flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
+    flag("--seed", type=int, default=42)
+    return parser
+
+
+RESUME_MAY_CHANGE = {"resume", "run", "device_batch_size", "save_every", "device_type", "sample_tokens"}
+
+
+def main() -> int:
+    args = parse_with_preset(flags(), "base_train")
+    check_flags(args)
+
+    # -------------------------------------------------------------------------
+    # init
+
+    compute = init_compute(args.device_type)
+    seed_everything(derive_seed(args.seed, "init"))
+    stop = StopRequest(compute)
+    folder = base_dir() / "runs" / (args.model_tag or f"d{args.depth}")
+    if is_finished(folder, args):
+        print0(f"already finished: {folder}")
+        return 0
+    tokenizer = Tokenizer.load(tokenizer_folder(args.tokenizer))
+    data = resolve_data(args.data)
+    cache = TokenCache.build(data, tokenizer, compute)
+
+    # -------------------------------------------------------------------------
+    # model
+
+    config = GPTConfig.from_depth(args.depth, args.aspect_ratio, args.head_dim, sequence_len=args.max_seq_len,
+                                  vocab_size=tokenizer.vocab_size, window_pattern=args.window_pattern)
+    with torch.device("meta"):
+        plain_model = GPT(config)
+    plain_model.to_empty(device=compute.device)
+    plain_model.init_weights()
+    print0(plain_model.configure(compiled=compute.is_cuda))
+    model = torch.compile(plain_model, dynamic=False) if compute.is_cuda else plain_model
+    n_params = plain_model.num_params()
+    print0(f"model: depth {config.n_layer}, width {config.n_embd} = {args.depth} x {args.aspect_ratio} rounded to heads of {args.head_dim}, "
+           f"vocabulary {config.vocab_size}, {n_params:,} parameters")
+
+    # -------------------------------------------------------------------------
+    # length and batch
+
+    tokens_per_micro_step = args.device_batch_size * args.max_seq_len * compute.world_size
+    check_batch(args, tokens_per_micro_step)
+    accumulation = args.total_batch_size // tokens_per_micro_step
+    num_iterations = args.num_iterations
+    if num_iterations == -1:
+        num_iterations = round(args.target_param_data_ratio * n_params / args.total_batch_size)
+    print0(f"length: {num_iterations} steps x {args.total_batch_size:,} tokens (= {accumulation} micro-batches x {tokens_per_micro_step:,}) "
+           f"= {num_iterations * args.total_batch_size / n_params:.2f} tokens per parameter")
+
+    # -------------------------------------------------------------------------
+    # optimizer
+
+    batch_scale = math.sqrt(args.total_batch_size / 2**19) if args.lr_batch_rule == "sqrt" else 1.0
+    weight_decay = args.weight_decay * (12 / args.depth) ** 2
+    optimizer = plain_model.setup_optimizer(
+        unembedding_lr=args.unembedding_lr * batch_scale, embedding_lr=args.embedding_lr * batch_scale,
+        matrix_lr=args.matrix_lr * batch_scale, scalar_lr=args.scalar_lr * batch_scale, weight_decay=weight_decay,
+        adam_betas=(args.adam_beta1, args.adam_beta2), rank=compute.rank, world_size=compute.world_size)
+    if args.hparams == "uniform":
+        for group in optimizer.param_groups:
+            group["initial_lr"], group["initial_wd"] = args.base_lr, args.base_wd
+    schedule = {"warmup_ratio": args.warmup_ratio, "warmdown_ratio": args.warmdown_ratio, "final_lr_frac": args.final_lr_frac,
+                "final_wd_frac": 0.0}
+    if args.optimizer == "schedule-free":
+        schedule = {"warmup_ratio": 0.0, "warmdown_ratio": 0.0, "final_lr_frac": 1.0, "final_wd_frac": 1.0}
+        optimizer = ScheduleFreeMuon(optimizer.param_groups, args.sf_lr, args.sf_wd, args.sf_warmup, compute.rank, compute.world_size)
+        for group in optimizer.param_groups:  # the paper's Table 3: Muon at 0.02 / 0.2, nothing scheduled
+            group["initial_lr"], group["initial_wd"] = args.matrix_lr, args.weight_decay
+    groups = optimizer.param_groups
+    for group in groups:
+        print0(f"  {group['name']:>16} {group['kind']:>6}: {len(group['params'])} tensors, lr {group['initial_lr']:.4g}, weight decay {group['initial_wd']:.4g}")
+
+    # -------------------------------------------------------------------------
+    # controller
+
+    controller = load_controller(args.controller, args.policy)
+    if controller and args.decision_interval > num_iterations:
+        print0(f"warning: a decision every {args.decision_interval} steps is more than the run's {num_iterations}: "
+               "the controller decides once, at the start")
+    multipliers = IDENTITY
+
+    # -------------------------------------------------------------------------
+    # data
+
+    loader = DataLoader(cache, "train", args.device_batch_size, args.max_seq_len, compute.device, compute.rank, compute.world_size,
+                        rows_per_step=args.total_batch_size // args.max_seq_len)
+    eval_steps = max(1, args.eval_tokens // tokens_per_micro_step)
+    eval_loader = DataLoader(cache, "val", args.device_batch_size, args.max_seq_len, compute.device, compute.rank, compute.world_size)
+    token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=compute.device)
+    probes = []
+    if controller and "probe_loss" in controller.observes:
+        probes = fixed_batches(cache, "probe", args.device_batch_size, args.max_seq_len, 4, compute.device)
+
+    # -------------------------------------------------------------------------
+    # evaluation
+
+    @contextlib.contextmanager
+    def evaluating():
+        """Weights as they are to be evaluated: schedule-free keeps another version of them for training."""
+        free = args.optimizer == "schedule-free"
+        if free:
+            optimizer.eval()
+        with torch.no_grad(), compute.autocast():
+            yield
+        if free:
+            optimizer.train()
+
+    def validate() -> float:
+        with evaluating():
+            return bits_per_byte(model, (eval_loader.get(i) for i in range(eval_steps)), token_bytes, compute.world_size)
+
+    def observe() -> dict[str, float]:
+        """What the controller declared that it needs, and nothing else."""
+        values = {"progress": lambda: step / num_iterations, "step": lambda: step, "train_loss": lambda: train_loss,
+                  "grad_norm": lambda: torch.nn.utils.get_total_norm([p.grad for p in plain_model.parameters()]).item(),
+                  "probe_loss": probe_loss}
+        return {name: float(values[name]()) for name in controller.observes}
+
+    def probe_loss() -> float:
+        with evaluating():
+            return sum(model(x, y).item() for x, y in probes) / len(probes)
+
+    # -------------------------------------------------------------------------
+    # resume
+
+    def state() -> dict:
+        """All that a run is, but for what its flags say; collective over ranks."""
+        return {"flags": resumable_flags(args), "model": plain_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "controller": controller.state_dict() if controller else {}, "multipliers": multipliers,
+                "smooth_loss": smooth_loss, "train_loss": train_loss, "seconds": seconds, "rng": rng_state(compute.device)}
+
+    start, smooth_loss, train_loss, seconds, resumed = 0, 0.0, math.nan, 0.0, None
+    if args.resume == "auto":
+        resumed = load_checkpoint(folder / "checkpoints")
+    if resumed:
+        start, saved = resumed
+        check_same_flags(saved["flags"], args, folder)
+        check_tensors(plain_model.state_dict(), saved["model"], f"checkpoint of step {start}")
+        plain_model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if controller:
+            controller.load_state_dict(saved["controller"])
+        multipliers, smooth_loss, train_loss, seconds = (saved[k] for k in ("multipliers", "smooth_loss", "train_loss", "seconds"))
+        set_rng_state(saved["rng"], compute.device)
+        print0(f"resumed at step {start} from {folder / 'checkpoints'}")
+    writer = CheckpointWriter(folder / "checkpoints") if compute.is_main else None
+
+    def save(step: int) -> None:
+        everything = state()
+        if writer:
+            writer.save(step, everything)
+
+    log = RunLog(folder, {"flags": vars(args), "model": vars(config), "parameters": n_params, "data": corpus_record(data),
+                          "tokenizer": tokenizer.fingerprint, "num_iterations": num_iterations},
+                 compute, resume_step=start if resumed else None, wandb_name=args.run)
+
+    # -------------------------------------------------------------------------
+    # loop
+
+    flops_per_step = plain_model.flops_per_token() * args.total_batch_size
+    watch = Stopwatch(num_iterations, done=start)
+    val_bpb = None
+    for step in range(start, num_iterations):
+        if args.eval_every and step % args.eval_every == 0:
+            val_bpb = validate()
+            print0(f"step {step:05d}/{num_iterations:05d} | val_bpb {val_bpb:.4f}")
+            log.log(step=step, val_bpb=val_bpb)
+        compute.synchronize()
+        t0 = time.perf_counter()
+
+        for micro_step in range(accumulation):
+            inputs, targets = loader.get(step, micro_step)
+            with compute.autocast():
+                loss = model(inputs, targets)
+            (loss / accumulation).backward()
+            micro_loss = loss.detach() if micro_step == 0 else micro_loss + loss.detach()
+
+        # ---- the hook: base schedule, controller, param groups ----
+        base = base_hparams(groups, step, num_iterations, **schedule)
+        if controller and step % args.decision_interval == 0:
+            multipliers = controller.decide(observe())
+        apply_multipliers(groups, base, multipliers)
+        # ---- end of the hook ----
+
+        set_momentum(groups, step)
+        optimizer.step()
+        plain_model.zero_grad(set_to_none=True)
+
+        train_loss = mean_over_ranks(micro_loss / accumulation, compute)
+        if not math.isfinite(train_loss):
+            raise UserError(f"the loss is {train_loss} at step {step}: the run diverged; lower the learning rates "
+                            f"(checkpoints up to here are in {folder / 'checkpoints'})")
+        seconds_step = time.perf_counter() - t0
+        seconds += seconds_step
+        smooth_loss = 0.9 * smooth_loss + 0.1 * train_loss
+        smooth = smooth_loss / (1 - 0.9 ** (step + 1))
+        shown = multipliers.get("*", {})
+        tokens_per_second = args.total_batch_size / seconds_step
+        print0(f"step {step:05d}/{num_iterations:05d} | loss {smooth:.4f} | lr x{shown.get('lr', 1.0):.3g} wd x{shown.get('weight_decay', 1.0):.3g} | "
+               f"dt {seconds_step * 1e3:.1f}ms | tok/s {tokens_per_second:,.0f} | tflops {flops_per_step / seconds_step / 1e12:.3g} | "
+               f"left {format_seconds(watch.tick(step + 1))}")
+        log.log(step=step, loss=train_loss, smooth_loss=smooth, multipliers=multipliers, dt=seconds_step, tokens_per_second=tokens_per_second)
+
+        leaving = stop.requested()
+        if leaving or (args.save_every and (step + 1) % args.save_every == 0 and step + 1 < num_iterations):
+            save(step + 1)
+        if leaving:
+            if writer:
+                writer.close()
+            print0(f"stopped after step {step}; run the same command with --resume auto to go on")
+            return REQUEUE_EXIT_CODE
+
+    # -------------------------------------------------------------------------
+    # done
+
+    val_bpb = validate()
+    print0(f"step {num_iterations:05d}/{num_iterations:05d} | val_bpb {val_bpb:.4f}")
+    log.log(step=num_iterations, val_bpb=val_bpb)
+    if writer:
+        writer.close()
+    loader.close()
+    eval_loader.close()
+    with evaluating():
+        if compute.is_main:
+            save_weights(folder / "model.safetensors", plain_model.state_dict(), {"model": vars(config), "tokenizer": tokenizer.fingerprint})
+            if args.sample_tokens:
+                tokens = generate(plain_model, [tokenizer.bos], args.sample_tokens, seed=derive_seed(args.seed, "sample") % 2**31)
+                print0(f"sample: {tokenizer.decode(tokens)!r}")
+    log.finish(val_bpb=val_bpb, train_loss=smooth_loss / (1 - 0.9 ** num_iterations), seconds=seconds, steps=num_iterations,
+               tokens=num_iterations * args.total_batch_size, flags=resumable_flags(args))
+    print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(seconds)} of training; see {folder}")
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# checks
+
+def check_flags(args: argparse.Namespace) -> None:
+    for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "total_batch_size", "decision_interval"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.num_iterations < 1 and args.num_iterations != -1:
+        raise UserError(f"--num-iterations is {args.num_iterations}; give a number of steps, or -1 to derive it")
+    if args.head_dim % 2:
+        raise UserError(f"--head-dim is {args.head_dim}; the rotary embedding needs an even number")
+    if args.resume not in ("none", "auto"):
+        raise UserError(f"--resume is {args.resume!r}; use none or auto")
+    if set(args.window_pattern) - {"S", "L"} or not args.window_pattern:
+        raise UserError(f"--window-pattern is {args.window_pattern!r}; it may hold only S (half context) and L (full)")
+
+
+def check_batch(args: argparse.Namespace, tokens_per_micro_step: int) -> None:
+    if args.total_batch_size % tokens_per_micro_step:
+        nearest = max(1, round(args.total_batch_size / tokens_per_micro_step)) * tokens_per_micro_step
+        raise UserError(f"--total-batch-size {args.total_batch_size} does not divide into micro-batches of {tokens_per_micro_step} tokens "
+                        f"(--device-batch-size x --max-seq-len x ranks); the nearest that does is {nearest}")
+
+
+def resumable_flags(args: argparse.Namespace) -> dict:
+    """The flags that must be the same when a run goes on."""
+    return {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
+
+
+def check_same_flags(saved: dict, args: argparse.Namespace, folder) -> None:
+    now = resumable_flags(args)
+    changed = sorted(k for k in saved.keys() | now.keys() if saved.get(k) != now.get(k))
+    if changed:
+        listed = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)} -> {now.get(k)}" for k in changed)
+        raise UserError(f"{folder} holds a run with other flags ({listed}); give the same flags, another --model-tag, or --resume none")
+
+
+def is_finished(folder, args: argparse.Namespace) -> bool:
+    """Whether --resume auto finds this very run finished. Without it, what the folder holds is cleared away."""
+    if args.resume == "auto":
+        if not (folder / "result.json").exists():
+            return False
+        check_same_flags(read_json(folder / "result.json", "result")["flags"], args, folder)
+        return True
+    if int(os.environ.get("RANK", "0")) == 0:
+        (folder / "result.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return False
+
+
+def mean_over_ranks(loss: torch.Tensor, compute: Compute) -> float:
+    if compute.world_size > 1:
+        torch.distributed.all_reduce(loss)
+        loss = loss / compute.world_size
+    return loss.item()
+
+
+if __name__ == "__main__":
+    run_main(main, JelError)

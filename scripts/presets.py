@@ -1,0 +1,57 @@
+"""What the presets change. A flag's default is the `paper` preset's and stands on its argparse line; `tiny` and `smoke`
+list only what differs, per script. `--preset auto` is `paper` with a GPU and `tiny` without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from nanochat.common import UserError
+
+_TINY_MODEL = {"depth": 4, "aspect_ratio": 16, "head_dim": 32, "max_seq_len": 128, "tokenizer": "tiny"}
+_SMOKE_MODEL = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 64, "tokenizer": "smoke"}
+
+PRESETS: dict[str, dict[str, dict]] = {
+    "paper": {},
+    "tiny": {
+        "tok_train": {"vocab_size": 512, "name": "tiny"},
+        "base_train": {**_TINY_MODEL, "data": "embedded", "num_iterations": 250, "total_batch_size": 2048, "device_batch_size": 16,
+                       "lr_batch_rule": "none", "eval_every": 25, "eval_tokens": 65536, "save_every": 100},
+        "meta_train": {**_TINY_MODEL, "data": "embedded", "num_iterations": 150, "episode_seq_len": 64, "episode_batch_size": 4,
+                       "policy_lr": 3e-3, "updates": 30},
+    },
+    "smoke": {
+        "tok_train": {"vocab_size": 320, "name": "smoke"},
+        "base_train": {**_SMOKE_MODEL, "data": "embedded", "num_iterations": 12, "total_batch_size": 256, "device_batch_size": 2,
+                       "lr_batch_rule": "none", "eval_every": 6, "eval_tokens": 1024, "save_every": 6, "decision_interval": 4,
+                       "sample_tokens": 8},
+        "meta_train": {**_SMOKE_MODEL, "data": "embedded", "num_iterations": 12, "decision_interval": 4, "episode_seq_len": 32,
+                       "episode_batch_size": 2, "updates": 3, "episodes": 4, "save_every": 1},
+    },
+}
+
+
+def add_preset_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
+                        help="smoke: seconds; tiny: minutes on a CPU; paper: the paper's size; auto: paper with a GPU, else tiny")
+
+
+def resolve_preset(name: str) -> str:
+    """`auto` -> `paper` if torch sees a GPU, else `tiny`."""
+    return name if name != "auto" else "paper" if torch.cuda.is_available() else "tiny"
+
+
+def parse_with_preset(parser: argparse.ArgumentParser, script: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse flags over the preset's defaults for `script`; a flag that is given wins. A preset's key must be a flag."""
+    known = parser.parse_known_args(argv)[0]
+    preset = resolve_preset(known.preset)
+    values = PRESETS[preset].get(script, {})
+    unknown = set(values) - {a.dest for a in parser._actions}
+    if unknown:
+        raise UserError(f"preset {preset} sets {sorted(unknown)}, which are no flags of {script}")
+    parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    args.preset = preset
+    return args

@@ -1,0 +1,91 @@
+"""Train the tokenizer on the training shards (never on the validation shard).
+
+python -m scripts.tok_train --vocab-size 4096                      # the embedded corpus, seconds on a laptop
+python -m scripts.tok_train --data fineweb-edu                     # the downloaded shards, vocabulary 32,768
+python -m scripts.tok_train --data my_texts --output my_tokenizer  # any folder of .parquet, .jsonl or .txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanochat.common import UserError, print0, read_json, run_main, write_json
+from nanochat.dataset import iter_texts, resolve_data, split_shards
+from nanochat.tokenizer import FILE_NAME, SPLIT_PATTERN, Tokenizer, tokenizer_folder
+from nanochat.tokens import shard_records
+
+EVAL_CHARS = 10_000_000    # of validation text; the ratio does not move any more after far less
+
+
+def first_texts(shards: list[Path], max_chars: int, doc_cap: int) -> Iterator[str]:
+    """The documents of the shards in order, each cut to `doc_cap` characters, until `max_chars` have come."""
+    left = max_chars
+    for shard in shards:
+        for texts in iter_texts(shard):
+            for text in texts:
+                text = text[:min(doc_cap, left)]
+                yield text
+                left -= len(text)
+                if left == 0:
+                    return
+
+
+def main() -> None:
+    # -----------------------------------------------------------------------------
+    # flags
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="embedded", help="embedded, fineweb-edu or a folder (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="special tokens included (default: %(default)s)")
+    parser.add_argument("--max-chars", type=int, default=2 * 10**9, help="characters to learn from (default: %(default)s)")
+    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters of one document (default: %(default)s)")
+    parser.add_argument("--name", default="default", help="saved in <base>/tokenizer/NAME (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="the folder to save in, instead of --name")
+    parser.add_argument("--force", action="store_true", help="replace the tokenizer that is there")
+    args = parser.parse_args()
+    for flag, value in {"--max-chars": args.max_chars, "--doc-cap": args.doc_cap}.items():
+        if value < 1:
+            raise UserError(f"{flag} {value} leaves no text to learn from; give a positive number of characters")
+
+    # -----------------------------------------------------------------------------
+    # what is there already
+
+    output = args.output or tokenizer_folder(args.name)
+    train, val = split_shards(resolve_data(args.data))
+    settings = {"vocab_size": args.vocab_size, "max_chars": args.max_chars, "doc_cap": args.doc_cap,
+                "split_pattern": SPLIT_PATTERN, "shards": [[name, size] for name, size, _ in shard_records(train)]}
+    settings_path = output / "settings.json"
+    if (output / FILE_NAME).exists() and not args.force:
+        saved = read_json(settings_path, "settings") if settings_path.exists() else {}
+        # The fingerprint ties the settings to the tokenizer, should a run have been killed between the two files.
+        if saved == {**settings, "fingerprint": Tokenizer.load(output).fingerprint}:
+            print0(f"{output} holds the tokenizer of these settings already; --force trains it again")
+            return
+        # Models trained with it would be worthless without it.
+        raise UserError(f"{output} holds a tokenizer of other settings; give another --name or --output, "
+                        "or --force to replace it")
+
+    # -----------------------------------------------------------------------------
+    # training
+
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train(first_texts(train, args.max_chars, args.doc_cap), args.vocab_size)
+    tokenizer.save(output)
+    write_json(settings_path, {**settings, "fingerprint": tokenizer.fingerprint})
+    print0(f"trained a vocabulary of {tokenizer.vocab_size} in {time.perf_counter() - start:.1f} s -> {output}")
+
+    # -----------------------------------------------------------------------------
+    # compression on validation text
+
+    texts = list(first_texts([val], EVAL_CHARS, EVAL_CHARS))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    n_tokens = sum(map(len, tokenizer.encode_batch(texts, os.cpu_count())))
+    print0(f"validation: {n_bytes} bytes, {n_tokens} tokens, {n_bytes / n_tokens:.3f} bytes per token")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,273 @@
+"""The conformance suite that every controller must pass, and the controllers it is run for.
+
+For a controller of your own, subclass it in a test file of yours and run `python -m pytest` in the checkout:
+
+    from tests.test_controller import ControllerConformance
+
+    class TestMine(ControllerConformance):
+        def make(self):
+            return MyController()
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from jel import (OBSERVATIONS, Controller, GaussianPolicy, JelError, NullController, PolicyController,
+                 ScheduleController, apply_multipliers, export_schedule, load_controller, load_schedule, save_policy,
+                 save_schedule)
+from jel.controller import validate_multipliers
+
+GROUPS = ("lm_head", "wte", "matrices")
+DECISIONS = [t / 561 for t in range(0, 561, 50)]  # the paper's 12 decision points
+
+
+def observation(controller, progress: float) -> dict[str, float]:
+    """Plausible values of exactly what the controller says it observes."""
+    values = {"progress": progress, "step": round(progress * 561), "train_loss": 4.0 - progress,
+              "probe_loss": 4.1 - progress, "grad_norm": 0.5 + progress}
+    return {name: values[name] for name in controller.observes}
+
+
+def through_json(value):
+    """A copy of a state by way of JSON; tensors are copied as they are; anything else fails."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        assert all(isinstance(key, str) for key in value)
+        return {key: through_json(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [through_json(v) for v in value]
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+class ControllerConformance:
+    """What a training loop relies on. Subclasses define `make()`: a fresh controller, the same one every time."""
+
+    reason = 1e4  # no multiplier outside [1 / reason, reason]
+
+    def make(self) -> Controller:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def controller(self):
+        return self.make()
+
+    def decide_all(self, controller, progresses=DECISIONS):
+        return [controller.decide(observation(controller, p)) for p in progresses]
+
+    def test_observes_only_what_there_is(self, controller):
+        assert not isinstance(controller.observes, str)
+        assert set(controller.observes) <= OBSERVATIONS
+
+    def test_multipliers_are_valid_all_along(self, controller):
+        for multipliers in self.decide_all(controller, [*DECISIONS, 0.9999]):
+            validate_multipliers(multipliers, GROUPS)
+            values = [v for factors in multipliers.values() for v in factors.values()]
+            assert all(isinstance(v, float) and 1 / self.reason <= v <= self.reason for v in values)
+
+    def test_param_groups_take_them(self, controller):
+        groups = [{"name": name} for name in GROUPS]
+        base = [{"lr": 0.1, "weight_decay": 0.2} for _ in GROUPS]
+        apply_multipliers(groups, base, controller.decide(observation(controller, 0.0)))
+        assert all(math.isfinite(g["lr"]) and math.isfinite(g["weight_decay"]) for g in groups)
+
+    def test_deterministic(self, controller):
+        assert self.decide_all(controller) == self.decide_all(self.make())
+
+    def test_leaves_the_observation_alone(self, controller):
+        for progress in DECISIONS:
+            seen = observation(controller, progress)
+            before = copy.deepcopy(seen)
+            controller.decide(seen)
+            assert seen == before
+
+    def test_what_it_returns_is_the_callers(self, controller):
+        expected = self.decide_all(self.make())
+        for progress, want in zip(DECISIONS, expected):
+            got = controller.decide(observation(controller, progress))
+            assert got == want
+            for factors in got.values():
+                factors.clear()
+            got.clear()
+
+    def test_state_round_trip_continues_identically(self, controller):
+        self.decide_all(controller, DECISIONS[:5])
+        saved = through_json(controller.state_dict())
+        after = self.decide_all(controller, DECISIONS[5:])
+        resumed = self.make()
+        resumed.load_state_dict(through_json(saved))
+        assert self.decide_all(resumed, DECISIONS[5:]) == after
+        assert through_json(resumed.state_dict()) == through_json(controller.state_dict())
+
+    def test_saved_state_does_not_change_later(self, controller):
+        self.decide_all(controller, DECISIONS[:3])
+        state = controller.state_dict()
+        saved = through_json(state)
+        self.decide_all(controller, DECISIONS[3:])
+        assert state == saved
+
+
+def lively_policy() -> GaussianPolicy:
+    """A policy whose multipliers move visibly with progress (a fresh one stays near 1)."""
+    policy = GaussianPolicy(seed=3)
+    with torch.no_grad():
+        policy.net[4].weight[:2] *= 60
+    return policy
+
+
+class Halving(Controller):
+    """Written by hand, with state of its own: halves the matrices' rate whenever the probe loss has risen."""
+
+    observes = frozenset({"probe_loss", "step"})
+
+    def __init__(self):
+        self.factor, self.last = 1.0, 4.08
+
+    def decide(self, observation):
+        if observation["probe_loss"] > self.last:
+            self.factor /= 2
+        self.last = observation["probe_loss"]
+        return {"matrices": {"lr": self.factor}}
+
+    def state_dict(self):
+        return {"factor": self.factor, "last": self.last}
+
+    def load_state_dict(self, state):
+        self.factor, self.last = state["factor"], state["last"]
+
+
+class TestNullController(ControllerConformance):
+    def make(self):
+        return NullController()
+
+
+class TestPolicyController(ControllerConformance):
+    reason = 100.001  # paper 3.3
+
+    def make(self):
+        return PolicyController(lively_policy())
+
+
+class TestScheduleController(ControllerConformance):
+    def make(self):
+        return ScheduleController(export_schedule(lively_policy(), DECISIONS))
+
+
+class TestHandWritten(ControllerConformance):
+    def make(self):
+        return Halving()
+
+
+# -----------------------------------------------------------------------------
+# policy and schedule
+
+def test_policy_controller_keeps_a_history_and_refuses_another_policys_state():
+    controller = PolicyController(lively_policy())
+    decided = [controller.decide({"progress": p})["*"] for p in DECISIONS]
+    assert controller.history == [[p, d["lr"], d["weight_decay"]] for p, d in zip(DECISIONS, decided)]
+    assert len({d["lr"] for d in decided}) == len(DECISIONS)
+    with pytest.raises(JelError, match="was controlled by policy"):
+        PolicyController(GaussianPolicy()).load_state_dict(controller.state_dict())
+
+
+def test_policy_controller_does_not_follow_later_training():
+    policy = lively_policy()
+    controller = PolicyController(policy)
+    before = controller.decide({"progress": 0.5})
+    with torch.no_grad():
+        policy.net[0].weight.mul_(-1)
+    assert controller.decide({"progress": 0.5}) == before
+
+
+def test_policy_of_other_sizes_is_refused():
+    for policy in (GaussianPolicy(n_state=2), GaussianPolicy(n_actions=4)):
+        with pytest.raises(JelError, match="this needs one that maps"):
+            PolicyController(policy)
+        with pytest.raises(JelError, match="this needs one that maps"):
+            export_schedule(policy, DECISIONS)
+
+
+def test_schedule_replays_the_policy_exactly_and_holds_in_between(tmp_path):
+    policy = lively_policy()
+    save_schedule(export_schedule(policy, DECISIONS), tmp_path / "s.json")
+    replay, learned = ScheduleController(tmp_path / "s.json"), PolicyController(policy)
+    for i, p in enumerate(DECISIONS):
+        want = learned.decide({"progress": p})
+        assert replay.decide({"progress": p}) == want
+        assert replay.decide({"progress": (p + (DECISIONS + [1.0])[i + 1]) / 2}) == want
+
+
+@pytest.mark.parametrize("points", [[], [0.1, 0.5], [0.0, 0.5, 0.5], [0.0, 0.6, 0.5], [0.0, 1.0], [float("nan")]])
+def test_schedule_refuses_bad_decision_points(points):
+    with pytest.raises(JelError, match="progress|decisions"):
+        export_schedule(lively_policy(), points)
+
+
+def test_schedule_refuses_bad_files(tmp_path):
+    good = export_schedule(lively_policy(), DECISIONS)
+    entry = lambda multipliers: {**good, "decisions": [{"progress": 0.0, "multipliers": multipliers}]}
+    bad = [[], {**good, "version": 2}, {**good, "decisions": "none"}, {**good, "decisions": [1]},
+           entry(None), entry({"*": {"lr": 0.0}}), entry({"*": {"lr": float("nan")}}), entry({"*": 2.0})]
+    for i, value in enumerate(bad):
+        path = tmp_path / f"{i}.json"
+        path.write_text(json.dumps(value))
+        with pytest.raises(JelError) as e:
+            load_schedule(path)
+        assert "\n" not in str(e.value)
+    with pytest.raises(JelError, match="does not exist"):
+        ScheduleController(tmp_path / "none.json")
+    (tmp_path / "torn.json").write_text(json.dumps(good)[:-9])
+    with pytest.raises(JelError, match="not JSON"):
+        ScheduleController(tmp_path / "torn.json")
+    with pytest.raises(JelError, match="another schedule"):
+        ScheduleController(good).load_state_dict(TestScheduleController().make().state_dict() | {"decisions": []})
+
+
+# -----------------------------------------------------------------------------
+# load_controller
+
+def test_named_controllers(tmp_path):
+    save_policy(lively_policy(), tmp_path / "p", {})
+    save_schedule(export_schedule(lively_policy(), DECISIONS), tmp_path / "s.json")
+    assert load_controller("none") is None
+    learned = load_controller("jel", str(tmp_path / "p.safetensors"))
+    replay = load_controller("schedule", str(tmp_path / "s.json"))
+    assert learned.decide({"progress": 0.0}) == replay.decide({"progress": 0.0})
+    assert isinstance(load_controller("jel.controller:NullController"), NullController)
+    assert isinstance(load_controller("jel.controller:PolicyController", str(tmp_path / "p")), PolicyController)
+
+
+def test_own_controllers_that_break_the_contract(tmp_path, monkeypatch):
+    (tmp_path / "own_controllers.py").write_text(
+        "class Good:\n    observes = {'step'}\n    def __init__(self, policy='p0'): self.policy = policy\n"
+        "    def decide(self, observation): return {}\n"
+        "    def state_dict(self): return {}\n    def load_state_dict(self, state): pass\n"
+        "class NoDecide:\n    def state_dict(self): pass\n    def load_state_dict(self, state): pass\n"
+        "class Unknown(Good):\n    observes = {'hessian'}\n"
+        "class Word(Good):\n    observes = 'step'\n"
+        "class Needy(Good):\n    def __init__(self, rate): pass\n"
+        "class Bare(Good):\n    def __init__(self): pass\n"
+        "number = 3\n")
+    (tmp_path / "broken_controllers.py").write_text("raise RuntimeError('no\\n luck')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_controller("own_controllers:Good").policy == "p0"
+    assert load_controller("own_controllers:Good", "here").policy == "here"
+    cases = {"own_controllers:NoDecide": "no method decide", "own_controllers:Unknown": "hessian",
+             "own_controllers:Word": "set of names", "own_controllers:Needy": "without arguments",
+             "own_controllers:Missing": "no class Missing", "own_controllers:number": "no class number",
+             "broken_controllers:X": "no luck", "no_such_module_here:X": "does not import",
+             "jell": "unknown controller", ":X": "unknown controller", "own_controllers:": "unknown controller",
+             "schedule": "needs the path"}
+    for spec, message in cases.items():
+        with pytest.raises(JelError, match=message) as e:
+            load_controller(spec)
+        assert "\n" not in str(e.value)
+    for spec in ("own_controllers:Bare", "none", "jel", "schedule"):
+        with pytest.raises(JelError):
+            load_controller(spec, str(tmp_path / "absent"))
