@@ -16,15 +16,14 @@ from torch import Tensor
 from jel.errors import JelError
 
 ACTIONS = ("lr", "weight_decay")
-LOG_RANGE = math.log(100.0)  # paper 3.3: multipliers in [0.01, 100]
 IDENTITY = {"*": {name: 1.0 for name in ACTIONS}}
 
 Multipliers = Mapping[str, Mapping[str, "float | Tensor"]]
 
 
-def scales_from_actions(raw: Tensor) -> Tensor:
-    """Multipliers `exp(log(100) * tanh(raw))` (paper 3.3): (..., A) -> (..., A), each in [0.01, 100], 1 at raw = 0."""
-    return torch.exp(LOG_RANGE * torch.tanh(raw))
+def scales_from_actions(raw: Tensor, action_range: float) -> Tensor:
+    """Multipliers `exp(log(r) * tanh(raw))`, r = `action_range` (paper 3.3): (..., A) -> (..., A) in [1/r, r], 1 at 0."""
+    return torch.exp(math.log(action_range) * torch.tanh(raw))
 
 
 def multipliers(scales: Tensor) -> dict[str, float | Tensor]:

@@ -79,7 +79,7 @@ class PolicyController(Controller):
 
     def decide(self, observation: Mapping[str, float]) -> dict[str, dict[str, float]]:
         progress = float(observation["progress"])
-        factors = numpy_multipliers(self.weights, (progress,))
+        factors = numpy_multipliers(self.weights, progress)
         self.history.append([progress, *factors.values()])
         return {"*": factors}
 

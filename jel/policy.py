@@ -7,10 +7,10 @@ A saved policy is two files: `<path>.safetensors`, the weights, and `<path>.json
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from jel.actions import ACTIONS, LOG_RANGE, scales_from_actions
+from jel.actions import ACTIONS, scales_from_actions
 from jel.errors import JelError
+from jel.files import json_bytes, read_bytes, read_json, write_files
 
 LOG_STD_RANGE = (-5.0, 2.0)  # A.1
-INITIAL_LOG_STD = -0.5       # A.1
 INITIAL_OUTPUT_GAIN = 0.01   # assumption, the paper is silent: small, so that the first mean multipliers are about 1
-FORMAT, VERSION, SIZES = "jel-policy", 1, ("n_state", "hidden", "n_actions")
+FORMAT, VERSION = "jel-policy", 1
+ARCHITECTURE = ("n_state", "hidden", "n_actions", "action_range")  # what rebuilds a policy, together with its weights
 
 
 # -----------------------------------------------------------------------------
@@ -33,13 +34,22 @@ FORMAT, VERSION, SIZES = "jel-policy", 1, ("n_state", "hidden", "n_actions")
 class GaussianPolicy(nn.Module):
     """State -> Linear -> tanh -> Linear -> tanh -> Linear -> (means, log standard deviations), as in A.1.
 
-    The actions are the raw ones, before the tanh of 3.3. Weights come from `seed` alone: the global generator is
-    neither read nor advanced, so that a run with a controller draws the same numbers as the run without.
+    The actions are the raw ones, before the tanh of 3.3, which with `action_range` r gives multipliers in [1/r, r].
+    Weights come from `seed` alone: the global generator is neither read nor advanced, so that a run with a controller
+    draws the same numbers as the run without. Raises `JelError` for sizes, a log std or a range that make no sense.
     """
 
-    def __init__(self, n_state: int = 1, hidden: int = 64, n_actions: int = 2, seed: int = 0):
+    def __init__(self, n_state: int = 1, hidden: int = 64, n_actions: int = 2, seed: int = 0,
+                 initial_log_std: float = -0.5, action_range: float = 100.0):  # Table 2
         super().__init__()
-        self.n_state, self.hidden, self.n_actions = n_state, hidden, n_actions
+        sizes, (low, high) = (n_state, hidden, n_actions), LOG_STD_RANGE
+        if not all(type(n) is int and 0 < n <= 4096 for n in sizes):
+            raise JelError(f"n_state, hidden and n_actions must be integers from 1 to 4096, not {sizes}")
+        if not low <= initial_log_std <= high:
+            raise JelError(f"initial_log_std is {initial_log_std}; it must lie in [{low}, {high}]")
+        if not (isinstance(action_range, Real) and 1 < action_range <= 1e6):
+            raise JelError(f"action_range is {action_range!r}; it must be a number above 1 and at most 1e6")
+        self.n_state, self.hidden, self.n_actions, self.action_range = *sizes, float(action_range)
         linear = lambda a, b: nn.utils.skip_init(nn.Linear, a, b)
         self.net = nn.Sequential(linear(n_state, hidden), nn.Tanh(), linear(hidden, hidden), nn.Tanh(),
                                  linear(hidden, 2 * n_actions))
@@ -51,7 +61,7 @@ class GaussianPolicy(nn.Module):
                 layer.bias.uniform_(-bound, bound, generator=generator)
             nn.init.orthogonal_(self.net[4].weight, gain=INITIAL_OUTPUT_GAIN, generator=generator)
             self.net[4].bias[:n_actions] = 0.0
-            self.net[4].bias[n_actions:] = INITIAL_LOG_STD
+            self.net[4].bias[n_actions:] = initial_log_std
 
     @property
     def is_progress_policy(self) -> bool:
@@ -64,12 +74,22 @@ class GaussianPolicy(nn.Module):
         return mean, log_std.clamp(*LOG_STD_RANGE)
 
     @torch.no_grad()
+    def act(self, states: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """States (..., S), normal noise (..., A) -> raw actions `mean + std * noise` (..., A) and log-densities (...).
+
+        One state at a time: a batched product rounds differently with the size of the batch, and the bits of an
+        episode must not depend on how episodes are split over ranks and chunks.
+        """
+        actions, log_probs = torch.empty_like(noise), noise.new_empty(noise.shape[:-1])
+        for i in np.ndindex(noise.shape[:-1]):
+            mean, log_std = self(states[i])
+            actions[i] = mean + log_std.exp() * noise[i]
+            log_probs[i] = gaussian_log_prob(actions[i], mean, log_std)
+        return actions, log_probs
+
     def sample(self, states: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """States (..., S) -> sampled raw actions (..., A) and their log-densities (...)."""
-        mean, log_std = self(states)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        actions = mean + log_std.exp() * noise
-        return actions, gaussian_log_prob(actions, mean, log_std)
+        """`act` with noise from the generator: (..., S) -> (..., A) and (...)."""
+        return self.act(states, torch.randn(*states.shape[:-1], self.n_actions, generator=generator))
 
     def log_prob(self, states: Tensor, actions: Tensor) -> Tensor:
         """Log-density of the raw actions, summed over A: (..., S), (..., A) -> (...)."""
@@ -84,7 +104,7 @@ class GaussianPolicy(nn.Module):
 
     def mean_scales(self, states: Tensor) -> Tensor:
         """Multipliers of the mean action, the ones a deployed controller uses: (..., S) -> (..., A)."""
-        return scales_from_actions(self(states)[0])
+        return scales_from_actions(self(states)[0], self.action_range)
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -96,41 +116,39 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # the numpy twin: 3 small matrix-vector products, without torch's overhead per call
 
-def numpy_weights(policy: GaussianPolicy) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A float64 copy of the (weight, bias) of each layer; of the last one only the rows of the means."""
+@dataclass(frozen=True)
+class ProgressWeights:
+    """What the mean action of a policy of progress is made of: a float64 copy, untouched by later training."""
+
+    layers: list[tuple[np.ndarray, np.ndarray]]  # (weight, bias); of the last layer only the rows of the means
+    action_range: float
+
+
+def progress_weights(policy: GaussianPolicy) -> ProgressWeights:
+    """Copy the policy's weights; raises `JelError` for a policy that is not one of progress alone."""
+    if not policy.is_progress_policy:
+        raise JelError(f"the policy maps {policy.n_state} numbers to {policy.n_actions} actions; "
+                       f"this needs one that maps [progress] to {len(ACTIONS)} ({', '.join(ACTIONS)})")
     layers = [(layer.weight.detach().cpu().double().numpy(), layer.bias.detach().cpu().double().numpy())
               for layer in policy.net if isinstance(layer, nn.Linear)]
     weight, bias = layers.pop()
-    return [*layers, (weight[:policy.n_actions], bias[:policy.n_actions])]
+    return ProgressWeights([*layers, (weight[:policy.n_actions], bias[:policy.n_actions])], policy.action_range)
 
 
-def numpy_mean(weights: list[tuple[np.ndarray, np.ndarray]], state: Sequence[float]) -> np.ndarray:
-    """The mean raw action (A,) for one state of S numbers: `forward(state)[0]`, in float64."""
-    *hidden, (weight, bias) = weights
-    x = np.asarray(state, dtype=np.float64)
+def numpy_multipliers(weights: ProgressWeights, progress: float) -> dict[str, float]:
+    """The multipliers of the mean action, by name: `multipliers(mean_scales([progress]))`, in float64."""
+    *hidden, (weight, bias) = weights.layers
+    x = np.array([progress])
     for w, b in hidden:
         x = np.tanh(w @ x + b)
-    return weight @ x + bias
-
-
-def numpy_multipliers(weights: list[tuple[np.ndarray, np.ndarray]], state: Sequence[float]) -> dict[str, float]:
-    """The multipliers of the mean action, by name: `multipliers(mean_scales(state))`, in float64."""
-    scales = np.exp(LOG_RANGE * np.tanh(numpy_mean(weights, state)))
+    scales = np.exp(math.log(weights.action_range) * np.tanh(weight @ x + bias))
     return dict(zip(ACTIONS, scales.tolist(), strict=True))
 
 
 def multiplier_table(policy: GaussianPolicy, progresses: Sequence[float]) -> list[dict[str, float]]:
-    """`[{"progress": p, "lr": m, "weight_decay": m}, ...]`, a row per progress; raises `JelError` as below."""
+    """`[{"progress": p, "lr": m, "weight_decay": m}, ...]`, a row per progress; raises as `progress_weights`."""
     weights = progress_weights(policy)
-    return [{"progress": float(p), **numpy_multipliers(weights, (p,))} for p in progresses]
-
-
-def progress_weights(policy: GaussianPolicy) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`numpy_weights` of a policy of progress alone; raises `JelError` for one with other inputs or outputs."""
-    if not policy.is_progress_policy:
-        raise JelError(f"the policy maps {policy.n_state} numbers to {policy.n_actions} actions; "
-                       f"this needs one that maps [progress] to {len(ACTIONS)} ({', '.join(ACTIONS)})")
-    return numpy_weights(policy)
+    return [{"progress": float(p), **numpy_multipliers(weights, p)} for p in progresses]
 
 
 # -----------------------------------------------------------------------------
@@ -148,12 +166,13 @@ def policy_files(path: str | Path) -> tuple[Path, Path]:
 
 
 def policy_bytes(policy: GaussianPolicy) -> bytes:
-    """The weights as the bytes of a safetensors file; equal weights give equal bytes."""
-    return safetensors.torch.save({name: t.cpu().contiguous() for name, t in policy.state_dict().items()})
+    """The weights as the bytes of a safetensors file; the same bytes for the same weights and action range only."""
+    tensors = {name: t.cpu().contiguous() for name, t in policy.state_dict().items()}
+    return safetensors.torch.save(tensors, {"action_range": str(policy.action_range)})
 
 
 def policy_digest(policy: GaussianPolicy) -> str:
-    """The sha256 of `policy_bytes`: the name of these very weights."""
+    """The sha256 of `policy_bytes`: the name of this very policy."""
     return hashlib.sha256(policy_bytes(policy)).hexdigest()
 
 
@@ -164,9 +183,8 @@ def save_policy(policy: GaussianPolicy, path: str | Path, card: dict) -> None:
     """
     if not _all_finite(policy.state_dict()):
         raise JelError(f"policy not saved to {path}: its weights are not finite; its training has diverged")
-    table = multiplier_table(policy, [i / 20 for i in range(21)]) if policy.is_progress_policy else []
-    whole = {"format": FORMAT, "version": VERSION, **{key: getattr(policy, key) for key in SIZES},
-             "sha256": policy_digest(policy), "multipliers": table, "training": card}
+    whole = {"format": FORMAT, "version": VERSION, **{key: getattr(policy, key) for key in ARCHITECTURE},
+             "sha256": policy_digest(policy), "multipliers": _card_table(policy), "training": card}
     weights_path, card_path = policy_files(path)
     write_files({weights_path: policy_bytes(policy), card_path: json_bytes(whole)})
 
@@ -180,12 +198,12 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
     data, card = read_bytes(weights_path, "policy"), read_json(card_path, "policy card")
     if not isinstance(card, dict) or (card.get("format"), card.get("version")) != (FORMAT, VERSION):
         raise JelError(f"policy card {card_path} is not a {FORMAT} card of version {VERSION}")
-    sizes = [card.get(key) for key in SIZES]
-    if not all(type(n) is int and 0 < n <= 4096 for n in sizes):
-        raise JelError(f"policy card {card_path}: {', '.join(SIZES)} must be integers from 1 to 4096, not {sizes}")
+    try:
+        policy = GaussianPolicy(**{key: card.get(key) for key in ARCHITECTURE})
+    except JelError as e:
+        raise JelError(f"policy card {card_path}: {e}") from None
     if hashlib.sha256(data).hexdigest() != card.get("sha256"):
         raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
-    policy = GaussianPolicy(*sizes)
     try:
         tensors = safetensors.torch.load(data)
     except Exception as e:  # whatever a parser of foreign bytes may raise
@@ -196,63 +214,23 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
     if not _all_finite(tensors):
         raise JelError(f"policy {weights_path} holds weights that are not finite")
     policy.load_state_dict(tensors)
-    _check_table(policy, card, card_path)
+    if not _same_table(card.get("multipliers"), _card_table(policy)):
+        raise JelError(f"policy card {card_path}: its table of multipliers is not that of the weights")
     return policy, card
 
 
-def _check_table(policy: GaussianPolicy, card: dict, card_path: Path) -> None:
-    """The multipliers that people read on the card are those of the weights, to 0.01% (machines round differently)."""
+def _card_table(policy: GaussianPolicy) -> list[dict[str, float]]:
+    """What people read on the card; empty for a policy that is not one of progress alone."""
+    return multiplier_table(policy, [i / 20 for i in range(21)]) if policy.is_progress_policy else []
+
+
+def _same_table(told, own: list[dict[str, float]]) -> bool:
+    """To 0.01%, because machines round differently."""
     try:
-        rows = [tuple(row[key] for key in ("progress", *ACTIONS)) for row in card["multipliers"]]
-        told = multiplier_table(policy, [row[0] for row in rows]) if rows else []
-        agrees = all(math.isclose(told[i][key], value, rel_tol=1e-4)
-                     for i, row in enumerate(rows) for key, value in zip(ACTIONS, row[1:]))
+        return all(math.isclose(a[key], b[key], rel_tol=1e-4) for a, b in zip(told, own, strict=True) for key in b)
     except (KeyError, TypeError, ValueError, OverflowError):
-        agrees = False
-    if not agrees:
-        raise JelError(f"policy card {card_path}: its table of multipliers is not that of the weights")
+        return False
 
 
 def _all_finite(state: dict[str, Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in state.values())
-
-
-def json_bytes(value) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def write_files(contents: dict[Path, bytes]) -> None:
-    """Write files so that a reader sees each one old or new, never half; raises `JelError` if that fails.
-
-    All are on disk under temporary names before the first is renamed, so files that belong together change together
-    but for a kill between two renames, which `load_policy` notices.
-    """
-    temporary = {path: path.with_name(f".{path.name}.tmp") for path in contents}
-    try:
-        for path, data in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary[path], "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-        for path in contents:
-            os.replace(temporary[path], path)
-    except OSError as e:
-        raise JelError(f"cannot write {path} ({e.strerror or e})") from None
-
-
-def read_bytes(path: Path, what: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise JelError(f"{what} {path} does not exist") from None
-    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
-        raise JelError(f"{what} {path} cannot be read ({e})") from None
-
-
-def read_json(path: Path, what: str):
-    """The value in a JSON file; raises `JelError` if it is missing or malformed."""
-    try:
-        return json.loads(read_bytes(path, what))
-    except (ValueError, RecursionError) as e:
-        raise JelError(f"{what} {path} is not JSON ({e})") from None

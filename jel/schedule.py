@@ -15,7 +15,8 @@ from pathlib import Path
 from jel.actions import ACTIONS, validate_multipliers
 from jel.controller import Controller
 from jel.errors import JelError
-from jel.policy import GaussianPolicy, json_bytes, multiplier_table, policy_digest, read_json, write_files
+from jel.files import json_bytes, read_json, write_files
+from jel.policy import GaussianPolicy, multiplier_table, policy_digest
 
 FORMAT, VERSION = "jel-schedule", 1
 

@@ -1,54 +1,45 @@
 """Checkpoints of a run: saved atomically and off the training thread, verified before they are used.
 
-    <folder>/step_00000120/tensors.safetensors   every tensor, named by its JSON pointer (RFC 6901), e.g. /model/lm_head.weight
+    <folder>/step_00000120/tensors.safetensors   every tensor, named by its JSON pointer (RFC 6901), /model/wte.weight
                            state.json            the rest of the state, with null where a tensor belongs
                            manifest.json         format, step, and the size and sha256 of the two files above
 
 A state is a nested dict with str keys; its leaves are tensors, int, float (NaN and inf too), str, bool, None, or lists.
-Only rank 0 saves (callers gather first); every rank loads, from the shared file system.
+Only rank 0 saves (callers gather first); every rank loads, from the shared file system. Loading writes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
-import stat
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from nanochat.common import UserError, print0
 
-FORMAT = 1
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+FORMAT, TENSORS, STATE, MANIFEST = 1, "tensors.safetensors", "state.json", "manifest.json"
 SPACE_MARGIN = 2**20  # bytes beyond the data itself: headers, manifest, the file system's own bookkeeping
-_STEP = r"step_([0-9]{8}|[1-9][0-9]{8,})"
-_LEFTOVER = re.compile(rf"\.({_STEP})\.(?P<kind>tmp|old)-[0-9]+")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> None:
-    """Save `state` as `<folder>/step_<step>` and keep the newest `keep` whole checkpoints.
+    """Save `state` as `<folder>/step_<step>` and keep the newest `keep` (at least one) whole checkpoints.
 
-    A crash at any point leaves the older checkpoints whole. Checkpoints of later steps are removed: the run has gone back
-    to before them, and a resume must not pick them up. Raises `UserError` if it cannot be written (the message gives the
-    MB needed and free on a full disk), `TypeError` for a leaf that has no place in a state.
+    A crash at any point leaves the older ones whole. Later steps are removed: the run has gone back to before them.
+    Raises `UserError` (with the MB needed and free) if it cannot be written, `TypeError` for a leaf no state can hold.
     """
     _write(Path(folder), step, *_snapshot(state), keep)
 
 
-class CheckpointWriter:
+class CheckpointWriter(contextlib.AbstractContextManager):
     """`save_checkpoint` on a background thread: `save` copies the tensors once and returns.
 
     At most one save is under way. What goes wrong in it is raised by the next `save`, `wait` or `close`.
@@ -69,13 +60,8 @@ class CheckpointWriter:
             underway.result()
 
     def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            self._pool.shutdown()
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
+        self._pool.shutdown()
+        self.wait()
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -84,41 +70,23 @@ class CheckpointWriter:
 def load_checkpoint(folder: Path, step: int | None = None) -> tuple[int, dict] | None:
     """`(step, state)` of the newest whole checkpoint, tensors on the CPU; None if there is no checkpoint at all.
 
-    Damaged ones are skipped, in one printed line. With several ranks, rank 0 should choose and the others ask for its
-    `step`. Raises `UserError` if every checkpoint is damaged, or if the `step` asked for is missing or damaged.
+    Damaged ones are skipped, in one printed line. With several ranks, rank 0 chooses and the others ask for its `step`.
+    Raises `UserError` if every checkpoint is damaged, or if the `step` asked for is missing or damaged.
     """
-    folder = Path(folder)
-    with contextlib.suppress(OSError), _lock(folder, patience=0) as alone:  # tidying is a courtesy, not a duty, here
-        if alone:
-            _sweep(folder)
-    steps = _steps(folder)
-    if step is not None and step not in steps:
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
-    damaged = []
-    for candidate in steps if step is None else [step]:
-        path = folder / _name(candidate)
+    present, damaged = _checkpoints(Path(folder)), []
+    if step is not None and step not in present:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {list(present) or 'none'}")
+    for candidate in present if step is None else [step]:
         try:
-            found, state = _read(path)
-            if found != candidate:
-                raise UserError(f"{path} is damaged (its manifest is that of step {found!r})")
+            state = _read(present[candidate], candidate)
+            if damaged:
+                print0(f"{'; '.join(damaged)}: using the one before, step {candidate}")
+            return candidate, state
         except UserError as e:
             damaged.append(str(e))
-        else:
-            if damaged:
-                print0(f"{'; '.join(damaged)}: using the one before, {path.name}")
-            return candidate, state
     if damaged:
         raise UserError(f"no checkpoint to resume from: {'; '.join(damaged)}; restore one from a copy, or move it away")
     return None
-
-
-def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict) -> None:
-    """Write a model's weights as one .safetensors file, atomically, with `description` as JSON in its metadata."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in weights.items()}
-    safetensors.torch.save_file(tensors, temporary, metadata={"description": json.dumps(description)})
-    _fsync(temporary)
-    os.replace(temporary, path)
 
 
 def load_model_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -127,14 +95,12 @@ def load_model_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises `UserError` if there are none or the file is malformed; `check_tensors` says whether they fit a model.
     """
     path = Path(path).resolve()
-    if path.is_dir():
-        newest = _read(path) if (path / MANIFEST).exists() else load_checkpoint(path)
-        weights = newest[1].get("model") if newest else None
-    elif path.exists():
+    if os.path.isfile(path):
         with _untrusted(path):
-            weights = safetensors.torch.load(_read_file(path))
+            weights = safetensors.torch.load(path.read_bytes())
     else:
-        raise UserError(f"weights {path} do not exist")
+        state = _read(path) if os.path.isfile(path / MANIFEST) else (load_checkpoint(path) or (0, {}))[1]
+        weights = state.get("model")
     if not (isinstance(weights, dict) and weights and all(isinstance(t, torch.Tensor) for t in weights.values())):
         raise UserError(f"{path} holds no model weights; give a checkpoint or a .safetensors file")
     return weights
@@ -142,283 +108,187 @@ def load_model_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], what: str) -> None:
     """Raise `UserError`, naming the first key at fault, unless names and shapes agree and every float is finite."""
-    if not isinstance(found, dict):
-        raise UserError(f"{what}: there are no tensors in it")
-    for name, tensor in expected.items():
-        if not isinstance(found.get(name), torch.Tensor):
-            raise UserError(f"{what}: tensor {name!r} is missing")
-        if found[name].shape != tensor.shape:
-            raise UserError(f"{what}: tensor {name!r} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}")
-        values = found[name].float() if found[name].dtype.itemsize == 1 else found[name]  # isfinite lacks some float8
-        if values.is_floating_point() and not values.isfinite().all():
-            raise UserError(f"{what}: tensor {name!r} has values that are not finite")
-    for name in found:
+    found = found if isinstance(found, dict) else {}
+    for name in [*expected, *found]:
+        tensor = found.get(name)
         if name not in expected:
-            raise UserError(f"{what}: tensor {name!r} is unknown to this model")
+            raise UserError(f"{what}: tensor {name!r} is not expected")
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{what}: tensor {name!r} is missing")
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"{what}: tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{what}: tensor {name!r} has values that are not finite")
 
-
-# -----------------------------------------------------------------------------
-# random number generators
 
 def rng_state(device: torch.device) -> dict:
     """The exact state of `random`, numpy's global generator, torch's on the CPU and, on CUDA, that of `device`."""
-    version, internal, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)
-    key = numpy_state["state"]["key"].tolist()
-    state = {"python": [version, list(internal), gauss], "torch": torch.get_rng_state(),
-             "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}}}
-    if torch.device(device).type == "cuda":
+    version, words, gauss = random.getstate()
+    name, key, *rest = np.random.get_state()
+    state = {"python": [version, list(words), gauss], "numpy": [name, key.tolist(), *rest]}
+    state["torch"] = torch.get_rng_state()
+    if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
-    """Undo everything since `rng_state(device)`. Raises `UserError` for a malformed state."""
-    try:
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        if not 0 <= state["numpy"]["state"]["pos"] <= 624:  # numpy would read past the end of its 624 words
-            raise ValueError("numpy position out of range")
-        np.random.set_state(state["numpy"])
+    """Go back to `rng_state(device)`; raises `UserError` if the state is malformed."""
+    with _untrusted("the checkpoint's random state"):
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, key, position, *rest = state["numpy"]
+        if not 0 <= position <= 624:  # numpy itself would read past the end of its 624 words
+            raise ValueError("numpy's position is out of range")
+        np.random.set_state((name, key, position, *rest))
         torch.set_rng_state(state["torch"])
-        if torch.device(device).type == "cuda":
-            if "cuda" in state:
-                torch.cuda.set_rng_state(state["cuda"], device)
-            else:
-                print0("the checkpoint was saved without CUDA: its generator goes on from the seed")
-    except Exception as e:  # four libraries, each with its own types for a malformed state
-        raise UserError(f"the random state in the checkpoint is malformed ({_one_line(e)})") from None
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+        elif device.type == "cuda":
+            print0("the checkpoint comes from a CPU run: CUDA's random numbers go on from the seed")
 
-
-# -----------------------------------------------------------------------------
-# a state as tensors and JSON
 
 def _snapshot(state: dict) -> tuple[dict[str, torch.Tensor], bytes]:
     """CPU copies of the tensors by JSON pointer, and the JSON text of the rest."""
-    tensors: dict[str, torch.Tensor] = {}
-    return tensors, json.dumps(_split(state, "", tensors)).encode()
+    tensors = {}
+
+    def take(leaf, pointer: str):
+        if isinstance(leaf, torch.Tensor):
+            tensors[pointer] = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu").copy_(leaf.detach())
+        elif not (leaf is None or isinstance(leaf, (bool, int, float, str))):
+            raise TypeError(f"state{pointer}: a {type(leaf).__name__} would not come back as it was")
+        return None if pointer in tensors else leaf
+
+    return tensors, json.dumps(_map_leaves(state, take)).encode()
 
 
-def _split(tree, path: str, tensors: dict):
-    """`tree` with None in place of each tensor; the tensors go into `tensors`, one contiguous copy each."""
-    if isinstance(tree, torch.Tensor):
-        tensors[path] = torch.empty(tree.shape, dtype=tree.dtype, device="cpu").copy_(tree.detach())
-        return None
-    if isinstance(tree, dict):
-        if not all(isinstance(key, str) for key in tree):
-            raise TypeError(f"state{path}: keys must be str, not {list(tree)[:5]}")
-        return {key: _split(value, _child(path, key), tensors) for key, value in tree.items()}
+def _map_leaves(tree, fn, pointer: str = ""):
+    """`tree` with `fn(leaf, JSON pointer)` in place of each leaf."""
+    if not isinstance(tree, (dict, list)):
+        return fn(tree, pointer)
     if isinstance(tree, list):
-        return [_split(value, _child(path, i), tensors) for i, value in enumerate(tree)]
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree
-    raise TypeError(f"state{path}: a {type(tree).__name__} cannot be saved exactly")
+        return [_map_leaves(value, fn, f"{pointer}/{i}") for i, value in enumerate(tree)]
+    if not all(isinstance(key, str) for key in tree):
+        raise TypeError(f"state{pointer}: the keys must be str, not {list(tree)[:3]}")
+    return {key: _map_leaves(value, fn, pointer + "/" + key.replace("~", "~0").replace("/", "~1"))
+            for key, value in tree.items()}
 
 
-def _merge(tree, path: str, tensors: dict):
-    """The inverse of `_split`; it takes the tensors it places out of `tensors`."""
-    if tree is None:
-        return tensors.pop(path, None)
-    if isinstance(tree, dict):
-        return {key: _merge(value, _child(path, key), tensors) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_merge(value, _child(path, i), tensors) for i, value in enumerate(tree)]
-    return tree
+# -- reading: nothing in a file is believed before it is checked ----------------
+
+@contextlib.contextmanager
+def _untrusted(what: Path | str):
+    """A failure inside is the file's fault: parsers raise many types on hostile input, and none of them may escape."""
+    try:
+        yield
+    except Exception as e:
+        kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
+        raise UserError(f"{what} cannot be used ({kind}{' '.join(str(e).split())[:200]})") from None
 
 
-def _child(path: str, key: str | int) -> str:
-    return f"{path}/{str(key).replace('~', '~0').replace('/', '~1')}"
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Path by step, newest first, whole or not. One that made way for a successor that never came counts too."""
+    found = {}
+    with _untrusted(folder):
+        for name in sorted(os.listdir(folder) if folder.exists() else ()):  # hidden ones first: a visible one wins
+            if match := re.fullmatch(r"step_(\d{8,})|\.step_(\d{8,})\.old-\d+", name, re.ASCII):
+                found[int(match[1] or match[2])] = folder / name
+    return dict(sorted(found.items(), reverse=True))
 
 
-# -----------------------------------------------------------------------------
-# reading: nothing in a file is believed before it is checked
-
-def _read(path: Path) -> tuple[int, dict]:
-    """`(step, state)` of the checkpoint at `path`; raises `UserError` if anything at all is wrong with it."""
+def _read(path: Path, step: int | None = None) -> dict:
+    """The state saved at `path`; raises `UserError` if anything at all is wrong with it."""
+    contents = _verify(path, step)
     with _untrusted(path):
-        step, contents = _verify(path)
-        values, tensors = json.loads(contents[STATE]), safetensors.torch.load(contents[TENSORS])
-        state = _merge(values, "", tensors)
+        tensors = safetensors.torch.load(contents[TENSORS])
+        state = _map_leaves(json.loads(contents[STATE]),
+                            lambda leaf, pointer: tensors.pop(pointer, None) if leaf is None else leaf)
         if tensors or not isinstance(state, dict):
             raise ValueError(f"{STATE} has no place for the tensors {list(tensors)[:3]}")
-        return step, state
+        return state
 
 
-def _verify(path: Path) -> tuple[int, dict[str, bytes]]:
-    """Step and file contents of a checkpoint whose manifest is matched; raises all sorts of things otherwise."""
-    if path.is_symlink():
-        raise ValueError("it is a symbolic link")
-    manifest = json.loads(_read_file(path / MANIFEST))
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']!r} is not format {FORMAT}")
-    if set(manifest["files"]) != {TENSORS, STATE}:  # so that no path in it can lead out of the folder
-        raise ValueError(f"its manifest names {sorted(manifest['files'])}")
-    contents = {name: _read_file(path / name) for name in (TENSORS, STATE)}
-    for name, data in contents.items():
-        if len(data) != manifest["files"][name]["bytes"]:
-            raise ValueError(f"{name} has {len(data)} bytes, not {manifest['files'][name]['bytes']}")
-        if _digest(data) != manifest["files"][name]:
-            raise ValueError(f"{name} does not match its sha256")
-    return manifest["step"], contents
+def _verify(path: Path, step: int | None) -> dict[str, bytes]:
+    """The contents of a checkpoint's two files; raises `UserError` unless they match its manifest, and that `step`."""
+    with _untrusted(path):
+        manifest = json.loads(_read_file(path / MANIFEST))
+        if manifest["format"] != FORMAT or step not in (None, manifest["step"]):
+            raise ValueError(f"its manifest says format {manifest['format']!r}, step {manifest['step']!r}")
+        if set(manifest["files"]) != {TENSORS, STATE}:  # so no path in it can lead out of the folder
+            raise ValueError(f"its manifest names {sorted(manifest['files'])}")
+        contents = {name: _read_file(path / name) for name in (TENSORS, STATE)}
+        for name, data in contents.items():
+            if _entry(data) != manifest["files"][name]:
+                raise ValueError(f"{name} ({len(data)} bytes) does not match the size and sha256 in the manifest")
+        return contents
 
 
 def _read_file(path: Path) -> bytes:
-    if not stat.S_ISREG(path.lstat().st_mode):  # a link may lead anywhere; a pipe would wait for ever
-        raise ValueError(f"{path.name} is not a regular file")
+    if path.parent.is_symlink() or path.is_symlink() or not path.is_file():  # a link may lead anywhere, a pipe may hang
+        raise ValueError(f"{path.name} is missing or not a regular file")
     return path.read_bytes()
 
 
-def _digest(data: bytes) -> dict:
+def _entry(data: bytes) -> dict:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-@contextlib.contextmanager
-def _untrusted(path: Path):
-    """Any failure inside is the file's fault: parsers raise many types on hostile input, and none of them may escape."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as e:
-        raise UserError(f"{path} is damaged ({_one_line(e)})") from None
-
-
-def _one_line(e: Exception) -> str:
-    text = " ".join(str(e).split())
-    return text if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {text}"
-
-
-# -----------------------------------------------------------------------------
-# writing: a hidden folder, made durable, then one rename
+# -- writing: a hidden folder, made durable, then one rename --------------------
 
 def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], text: bytes, keep: int) -> None:
-    if keep < 1:
-        raise UserError(f"cannot keep {keep} checkpoints; keep at least 1")
     needed = sum(t.nbytes for t in tensors.values()) + len(text) + SPACE_MARGIN
+    final = folder / f"step_{step:08d}"
+    new, old = (folder / f".{final.name}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, patience=10):
-            try:
-                _sweep(folder)
-                if shutil.disk_usage(folder).free < needed:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                temporary = _hidden(folder / _name(step), "tmp")
-                _write_files(temporary, step, tensors, text)
-                _publish(temporary, folder / _name(step))
-                _prune(folder, step, keep)
-            finally:
-                _sweep(folder)
-    except OSError as e:
-        reason = _one_line(e)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-            reason = f"the disk is full, {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free"
-        last = next((s for s in _steps(folder) if _is_whole(folder / _name(s))), "none")
-        raise UserError(f"saving step {step} in {folder} failed: {reason}; the last saved checkpoint is {last}") from None
-
-
-def _write_files(path: Path, step: int, tensors: dict[str, torch.Tensor], text: bytes) -> None:
-    path.mkdir()
-    (path / STATE).write_bytes(text)
-    try:
-        safetensors.torch.save_file(tensors, path / TENSORS)
-    except SafetensorError as e:  # its writer hides the operating system's error in the message
-        code = re.search(r"os error (\d+)", str(e))
-        raise OSError(int(code[1]) if code else errno.EIO, str(e)) from None
-    tensors.clear()  # the snapshot's memory is needed no longer, and what follows reads whole files
-    shutil.copymode(path / STATE, path / TENSORS)  # safetensors would let only the owner read it
-    files = {name: _digest((path / name).read_bytes()) for name in (TENSORS, STATE)}
-    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}))
-    for durable in (path / TENSORS, path / STATE, path / MANIFEST, path):
-        _fsync(durable)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Rename into place. A checkpoint of the same step steps aside; `_sweep` brings it back if we die in between."""
-    if os.path.lexists(final):
-        os.replace(final, _hidden(final, "old"))
-    os.replace(temporary, final)
-    _fsync(final.parent)
+        _sweep(folder)
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError("the disk is full")
+        new.mkdir()
+        (new / STATE).write_bytes(text)
+        safetensors.torch.save_file(tensors, new / TENSORS)
+        shutil.copymode(new / STATE, new / TENSORS)  # safetensors would let only the owner read it
+        tensors.clear()  # before whole files are read, so that there is never more than one copy in memory
+        files = {name: _entry((new / name).read_bytes()) for name in (TENSORS, STATE)}
+        (new / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, separators=(",", ":")))
+        for durable in (new / TENSORS, new / STATE, new / MANIFEST, new):
+            _fsync(durable)
+        if os.path.lexists(final):
+            os.replace(final, old)  # it counts until the next line has put the new one there
+        os.replace(new, final)
+        _fsync(folder)
+        _prune(folder, step, keep)
+        _sweep(folder)
+    except (OSError, safetensors.SafetensorError) as e:  # the latter has the system's error in its message only
+        with contextlib.suppress(OSError):
+            _sweep(folder)
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+        last = next(iter(_checkpoints(folder)), "none")
+        raise UserError(f"saving step {step} in {folder} failed ({e}): {needed / 1e6:.1f} MB are needed and "
+                        f"{free / 1e6:.1f} MB free; the last saved checkpoint is {last}") from None
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove later steps, and what is older than the newest `keep` whole ones: an unreadable fallback is none."""
-    kept = 0
-    for old in _steps(folder):
-        path = folder / _name(old)
-        if old > step or kept == keep:
-            if old > step:
+    """Drop later steps, and all that is older than the newest `keep` whole ones: a damaged fallback is none."""
+    whole = 0
+    for candidate, path in _checkpoints(folder).items():
+        if candidate <= step and whole < max(keep, 1):
+            with contextlib.suppress(UserError):
+                whole += bool(_verify(path, candidate))
+        else:
+            if candidate > step:
                 print0(f"removing {path}: the run has gone back to step {step}")
-            os.replace(path, _hidden(path, "tmp"))  # gone at once; `_sweep` does the slow part
-        elif old == step or _is_whole(path):
-            kept += 1
+            os.replace(path, folder / f".{path.name}.tmp-{os.getpid()}")  # gone at once; `_sweep` does the slow part
 
 
 def _sweep(folder: Path) -> None:
-    """Remove hidden leftovers, except a checkpoint that stepped aside for one that never came."""
-    for path in list(folder.iterdir()):
-        if leftover := _LEFTOVER.fullmatch(path.name):
-            final = folder / leftover[1]
-            if leftover["kind"] == "old" and not os.path.lexists(final):
-                os.replace(path, final)
-            elif path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, patience: float):
-    """Yield whether no other save or sweep is under way, after waiting up to `patience` seconds for that.
-
-    It keeps a load (an evaluation beside the run, say) from sweeping away a live save. A save goes on even without it,
-    as there is one run to a folder: the lock may be out of reach for good (NFS, a forked child that outlived its run).
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    deadline, alone = time.monotonic() + patience, False
-    try:
-        while not alone:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees the lock of a killed process
-                alone = True
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.05)
-            except OSError:
-                break
-        yield alone
-    finally:
-        if alone:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough when a forked child shares the handle
-        os.close(handle)
-
-
-def _steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint here, whole or not, newest first."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as e:
-        raise UserError(f"checkpoint folder {folder} cannot be read ({_one_line(e)})") from None
-    return sorted((int(match[1]) for name in names if (match := re.fullmatch(_STEP, name))), reverse=True)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with _untrusted(path):
-            return _verify(path)[0] == int(path.name.removeprefix("step_"))
-    except UserError:
-        return False
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def _hidden(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
+    """Remove what a killed save left behind, but bring back a checkpoint that made way for one that never came."""
+    for path in list(folder.glob(".step_*")):
+        final = folder / path.name.split(".")[1]
+        if ".old-" in path.name and not os.path.lexists(final):
+            os.replace(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The head of the model: projection, softcap and cross-entropy.
 
-R runs, N tokens, C width, V vocabulary. Logits are fp32 and capped at +-15: `15 * tanh(logits / 15)`.
+R runs, N tokens, C width, V vocabulary. Logits are at least fp32 and capped at +-15: `15 * tanh(logits / 15)`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ CHUNK_ELEMENTS = 1 << 19  # logits held at a time by the chunked form: 2 MB of f
 
 
 def softcapped_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(N, C), (V, C) -> (N, V) in fp32, or with runs (R, N, C), (R, V, C) -> (R, N, V)."""
-    return SOFTCAP * torch.tanh((x @ weight.mT).float() / SOFTCAP)
+    """(N, C), (V, C) -> (N, V) in fp32 (a float64 model keeps float64); with runs (R, N, C), (R, V, C) -> (R, N, V)."""
+    logits = x @ weight.mT
+    return SOFTCAP * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / SOFTCAP)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,7 @@ class ChunkedLoss(torch.autograd.Function):
         """x (R, N, C), weight (R, V, C), targets (R, N) -> (R,) mean losses."""
         R, N, _ = x.shape
         V = weight.size(1)
-        scale = 1.0 / (targets >= 0).sum(-1)                                     # (R,)
+        scale = (targets >= 0).sum(-1).to(x.dtype).reciprocal()                  # (R,)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         total = x.new_zeros(R)
         rows = max(1, CHUNK_ELEMENTS // (R * V))

@@ -15,6 +15,7 @@ import queue
 import threading
 import zipfile
 from bisect import bisect_left, bisect_right, insort
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ class Rows:
         return out
 
     def _plan_next(self) -> None:
-        shard = self._unplanned.pop(0)
+        shard = self._unplanned[0]
         starts, lengths = self.cache.documents(self.split, shard)
         path = self.cache.folder / f"plan_{self.split}_{self.width - 1}_{shard:05d}.npz"
         with locked(self.cache.folder):    # of several processes one plans, the others read
@@ -121,10 +122,11 @@ class Rows:
                 plan = plan_rows(lengths, self.width)
                 with atomic_file(path) as f:
                     np.savez(f, **plan._asdict())
+        self._unplanned.pop(0)
         self._plans.append((shard, starts[plan.documents], plan))
         self._ends.append(self._ends[-1] + plan.n_rows)
 
-    def _load(self, path, document_lengths: np.ndarray) -> RowPlan | None:
+    def _load(self, path: Path, document_lengths: np.ndarray) -> RowPlan | None:
         """The saved plan, or None if there is none or it cannot belong to documents of these lengths."""
         if not path.exists():
             return None

@@ -108,9 +108,9 @@ def open_shard(path: Path) -> pq.ParquetFile:
     """Read a shard's footer; raises `UserError` if it is no parquet file or has no string column `text`."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
+        columns = {field.name: field.type for field in file.schema_arrow}
     except (pa.ArrowException, OSError) as e:
         raise UserError(corrupt(path, e)) from None
-    columns = {field.name: field.type for field in file.schema_arrow}
     if "text" not in columns:
         raise UserError(f"{path} has no column 'text', only {', '.join(columns)}; rename the one that holds the text")
     if columns["text"] not in (pa.string(), pa.large_string()):
@@ -119,7 +119,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def corrupt(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); delete it and get or make it again"
+    return f"{path} cannot be read as parquet ({str(error).partition(chr(10))[0]}); delete it and get or make it again"
 
 
 def corpus_record(folder: Path) -> dict:
@@ -132,7 +132,7 @@ def corpus_record(folder: Path) -> dict:
     record = {"shards": len(sizes), "shard_bytes": sum(size for _, size in sizes)}
     manifest = Path(folder) / "manifest.json"
     told = read_json(manifest, "manifest") if manifest.exists() else {}
-    if record.items() <= told.items():   # else shards were added or taken away since
+    if isinstance(told, dict) and record.items() <= told.items():   # else shards were added or taken away since
         return told
     return record | {"sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()}
 
@@ -143,7 +143,7 @@ def corpus_record(folder: Path) -> dict:
 def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_chars: int, **origin) -> None:
     """Write (text, held out?) pairs to `folder`, which appears whole, with its manifest, or not at all.
 
-    Raises `UserError` if there is no document for one of the sides.
+    Raises `UserError` if they do not make two shards, one of them held out.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
@@ -156,10 +156,11 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_char
                 digest.update(b"%d:%b" % (len(raw), raw))
             pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), new / SHARD_NAME.format(index),
                            row_group_size=128, compression="zstd", write_page_checksum=True)
-        if count < 2:
-            raise UserError(f"{origin['source']}: {count} documents; two at least are needed, one of them to validate")
-        write_json(new / "manifest.json", corpus_record(new) | {
-            **origin, "documents": count, "bytes": size, "sha256": digest.hexdigest()})
+        record = corpus_record(new)
+        if record["shards"] < 2:
+            raise UserError(f"{origin['source']} has {count} documents, too few to keep some for validation; add more")
+        write_json(new / "manifest.json",
+                   record | {**origin, "documents": count, "bytes": size, "sha256": digest.hexdigest()})
         try:
             os.rename(new, folder)
         except OSError:
@@ -222,9 +223,8 @@ def read_texts(files: list[Path]) -> Iterator[str]:
 # -----------------------------------------------------------------------------
 # the embedded corpus: source and doc strings of Python's standard library
 
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "idlelib",
-                   "ensurepip", "encodings", "pydoc_data"}
-TABLES = re.compile(r"_sysconfigdata|config-|html/entities\.py|stringprep\.py|re/_casefix\.py")   # made by machines
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib", "ensurepip"}
+TABLES = re.compile(r"_sysconfigdata|config-|encodings/|pydoc_data/|html/entities|stringprep|re/_casefix")   # generated
 BORDERS = (r"(?<=\n\n)(?=\S)", r"(?<=\n\n)(?=    (?:@|(?:def|class|async)\b))", r"(?<=\n\n)(?=[^\n])", r"(?<=\n)")
 
 
@@ -249,7 +249,7 @@ def library_texts(library: Path) -> dict[str, str]:
     texts = {}
     for path in library.rglob("*.py"):
         name = path.relative_to(library)
-        if SKIPPED_FOLDERS.isdisjoint(name.parts) and not TABLES.match(name.as_posix()) and path.stat().st_size >= 500:
+        if SKIPPED.isdisjoint(name.parts) and not TABLES.match(name.as_posix()) and path.stat().st_size >= 500:
             with contextlib.suppress(UnicodeDecodeError):
                 texts[name.as_posix()] = path.read_text(encoding="utf-8")
     return texts
@@ -286,15 +286,13 @@ def main() -> None:
     parser.add_argument("-w", "--workers", type=int, default=4, help="parallel downloads (default: %(default)s)")
     parser.add_argument("--url", default=FINEWEB_URL, help="a mirror to download from (default: %(default)s)")
     args = parser.parse_args()
-    data = args.source
     if args.n is not None:
         if not 0 < args.n <= FINEWEB_LAST:
             raise UserError(f"-n {args.n}: FineWeb-Edu has {FINEWEB_LAST} training shards; give 1 to {FINEWEB_LAST}")
         from nanochat.download import download_files   # here, so that reading shards does not need requests
-        data = "fineweb-edu"
         names = [SHARD_NAME.format(i) for i in (FINEWEB_LAST, *range(args.n))]
-        download_files(args.url, names, base_dir() / "data" / data, check=open_shard, workers=args.workers)
-    resolve_data(data)
+        download_files(args.url, names, base_dir() / "data" / "fineweb-edu", check=open_shard, workers=args.workers)
+    resolve_data(args.source if args.n is None else "fineweb-edu")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ def verify(partial: Path, sha256: str | None, check: Callable[[Path], object]) -
         check(partial)
     except UserError as e:
         partial.unlink()
-        raise (Permanent if sha256 else Transient)(str(e)) from None   # with a right hash it would come the same again
+        what = str(e).partition(";")[0]   # without the advice
+        raise (Permanent if sha256 else Transient)(what) from None   # with the right hash it would come the same again
 
 
 def told_sha256(reply: requests.Response) -> str | None:

@@ -58,7 +58,7 @@ def muon_update(p, grad, momentum_buffer, second_momentum, lr, weight_decay, mom
     sqrt(max(1, rows / cols)).
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
-    update = orthogonalize(grad.lerp_(momentum_buffer, momentum)).float()
+    update = orthogonalize(grad.lerp_(momentum_buffer, momentum)).to(grad.dtype)
 
     axis = -1 if second_momentum.size(-1) == 1 else -2
     variance = update.square().mean(axis, keepdim=True)
@@ -114,8 +114,15 @@ class MuonAdamW(torch.optim.Optimizer):
             shard.update(self._compiled[shard.group["kind"]])
             shard.gather()
         for shard in self._shards:
-            shard.finish()
+            shard.wait()
         return loss
+
+    def reset(self) -> None:
+        """Forget everything but the parameters, as if newly made."""
+        for shard in self._shards:
+            shard.steps = 0
+            for tensor in shard.state.values():
+                tensor.zero_()
 
     def state_dict(self) -> dict:
         """`{group name: {tensor name: full tensor, "step": int}}`, independent of ranks; collective when N > 1."""
@@ -138,7 +145,8 @@ class _Shard:
         self.state: dict[str, torch.Tensor] = {}
         self._pending: list = []
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until this group's communication under way is done."""
         for work in self._pending:
             work.wait()
         self._pending.clear()
@@ -147,7 +155,8 @@ class _Shard:
         """A hyperparameter as it enters the maths: (R,) with `trailing` unit axes, or a 0-D tensor if compiled."""
         value = self.group[name]
         if isinstance(value, torch.Tensor) and value.dim():
-            return value.to(like).view(-1, *(1,) * trailing)
+            dtype = torch.promote_types(like.dtype, torch.float32)  # a bf16 weight's rate is not rounded to bf16
+            return value.to(like.device, dtype).view(-1, *(1,) * trailing)
         return torch.tensor(float(value), device=like.device) if like.is_cuda else float(value)
 
     def _all_gather(self, out: torch.Tensor, part: torch.Tensor, async_op: bool = False):
@@ -159,6 +168,10 @@ class _Shard:
     def _reduce_scatter(self, out: torch.Tensor, full: torch.Tensor) -> None:
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
         self._pending.append(scatter(out, full, async_op=True))
+
+    def _full_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of state tensor `name` over all ranks."""
+        raise NotImplementedError
 
     def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """State tensor `name` over all ranks."""
@@ -175,10 +188,10 @@ class _Shard:
         if set(state) != {"step", *self.state}:
             raise ValueError(f"optimizer state of {self.group['name']} holds {sorted(state)}, not {sorted({'step', *self.state})}")
         for name, mine in self.state.items():
-            part = self._own(name, state[name])
-            if part.shape != mine.shape:
-                raise ValueError(f"optimizer state {self.group['name']}.{name} has shape {tuple(state[name].shape)}, which does not fit")
-            mine.copy_(part)
+            found, expected = tuple(state[name].shape), tuple(self._full_shape(name))
+            if found != expected:
+                raise ValueError(f"optimizer state {self.group['name']}.{name} has shape {found}, not {expected}")
+            mine.copy_(self._own(name, state[name]))
         self.steps = int(state["step"])
 
 
@@ -190,16 +203,18 @@ class _AdamWShard(_Shard):
         self.split = [world_size > 1 and p.numel() >= SHARD_MIN_NUMEL and p.size(0) % world_size == 0 for p in group["params"]]
         for i, p in enumerate(group["params"]):
             for kind in ("exp_avg", "exp_avg_sq"):  # fp32 even for a bf16 weight
-                self.state[f"{kind}.{i}"] = torch.zeros_like(self._rows(i, p), dtype=torch.float32)
+                self.state[f"{kind}.{i}"] = torch.zeros_like(self._rows(i, p), dtype=torch.promote_types(p.dtype, torch.float32))
 
     def _rows(self, i: int, t: torch.Tensor) -> torch.Tensor:
         return t.chunk(self.world_size)[self.rank] if self.split[i] else t
 
+    def _full_shape(self, name):
+        return self.group["params"][int(name.split(".")[1])].shape
+
     def _full(self, name, tensor):
-        i = int(name.split(".")[1])
-        if not self.split[i]:
+        if not self.split[int(name.split(".")[1])]:
             return tensor
-        out = tensor.new_empty(self.group["params"][i].shape)
+        out = tensor.new_empty(self._full_shape(name))
         self._all_gather(out, tensor)
         return out
 
@@ -218,7 +233,7 @@ class _AdamWShard(_Shard):
                 self._pending.append(dist.all_reduce(grad, async_op=True))
 
     def update(self, f) -> None:
-        self._wait()
+        self.wait()
         self.steps += 1
         beta1, beta2 = self.group["betas"]
         for i, (p, grad) in enumerate(zip(self.group["params"], self._grads)):
@@ -236,9 +251,6 @@ class _AdamWShard(_Shard):
         for i, p in enumerate(self.group["params"]):
             if self.split[i]:
                 self._all_gather(p.data, self._rows(i, p.data).clone(), async_op=True)
-
-    def finish(self) -> None:
-        self._wait()
 
 
 class _MuonShard(_Shard):
@@ -264,6 +276,9 @@ class _MuonShard(_Shard):
     def _mine(self, t: torch.Tensor) -> torch.Tensor:
         return t[self.rank * self.own:(self.rank + 1) * self.own]
 
+    def _full_shape(self, name):
+        return len(self.group["params"]), *self.state[name].shape[1:]
+
     def _full(self, name, tensor):
         if self.world_size > 1:
             out = tensor.new_empty(self.own * self.world_size, *tensor.shape[1:])
@@ -285,21 +300,17 @@ class _MuonShard(_Shard):
             self._reduce_scatter(self._grad, self.grads)
 
     def update(self, f) -> None:
-        self._wait()
+        self.wait()
         self.steps += 1
         if self.world_size > 1:
             self._grad.div_(self.world_size)
         mine = self._mine(self.stack)
         matrices = [t.flatten(0, -3) for t in (mine, self._grad, self.state["momentum_buffer"], self.state["second_momentum"])]
-        lr, weight_decay = (self._hyper(n, mine, 2) for n in ("lr", "weight_decay"))
-        if isinstance(lr, torch.Tensor) and lr.dim():                     # (R, 1, 1) -> (own * R, 1, 1)
-            lr, weight_decay = (torch.as_tensor(t).expand(self.lead[0], 1, 1).repeat(self.own, 1, 1) for t in (lr, weight_decay))
-        f(*matrices, lr, weight_decay, self._hyper("momentum", mine, 2), self.group["beta2"])
+        hyper = [self._hyper(n, mine, 2) for n in ("lr", "weight_decay")]  # per run (R, 1, 1) -> (own * R, 1, 1)
+        hyper = [h.repeat(self.own, 1, 1) if isinstance(h, torch.Tensor) and h.dim() else h for h in hyper]
+        f(*matrices, *hyper, self._hyper("momentum", mine, 2), self.group["beta2"])
 
     def gather(self) -> None:
         self._grad = None
         if self.world_size > 1:
             self._all_gather(self.stack, self._mine(self.stack).clone(), async_op=True)
-
-    def finish(self) -> None:
-        self._wait()

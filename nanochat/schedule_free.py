@@ -53,7 +53,10 @@ class ScheduleFreeMuon:
         return {"muon": self.muon.state_dict(), "free": tensors, "counters": {k: self.free.param_groups[0][k] for k in _COUNTERS}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when tensors do not fit."""
+        """Raises ValueError when names or shapes differ."""
+        expected = {f"{i}.{name}" for i in range(len(self.params)) for name in ("z", "exp_avg_sq")}
+        if set(state["free"]) not in (expected, set()):  # none: saved before the first step
+            raise ValueError(f"schedule-free state holds {sorted(state['free'])}, not {sorted(expected)}")
         self.muon.load_state_dict(state["muon"])
         self.free.state.clear()
         for key, tensor in state["free"].items():

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
-import shutil
 import time
 
 import torch
@@ -23,7 +21,7 @@ from jel.actions import IDENTITY, apply_multipliers
 from jel.controller import load_controller
 from jel.errors import JelError
 from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, save_weights, set_rng_state
-from nanochat.common import (Compute, RunLog, Stopwatch, UserError, base_dir, derive_seed, format_seconds, init_compute, print0, read_json, run_main,
+from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, format_seconds, init_compute, print0, run_main,
                              seed_everything)
 from nanochat.dataloader import DataLoader, fixed_batches
 from nanochat.dataset import corpus_record, resolve_data
@@ -36,6 +34,7 @@ from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.tokens import TokenCache
 from scripts.presets import add_preset_flag, parse_with_preset
+from scripts.runs import check_same_flags, is_finished, resumable_flags, run_folder
 
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
@@ -86,7 +85,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--eval-tokens", type=int, default=20 * 524288)
     flag("--sample-tokens", type=int, default=64, help="tokens of sample text at the end; 0 = none")
     flag("--save-every", type=int, default=100, help="steps between checkpoints; 0 = none")
-    flag("--resume", default="none", help="none, or auto: go on from the newest whole checkpoint of this run, if there is one")
+    flag("--resume", choices=["none", "auto"], default="none", help="none, or auto: go on from the newest whole checkpoint of this run, if there is one")
     flag("--run", default="dummy", help="wandb run name; dummy = off")
     flag("--model-tag", default="", help="name of the run's folder; default d<depth>")
     flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
@@ -94,7 +93,7 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-RESUME_MAY_CHANGE = {"resume", "run", "device_batch_size", "save_every", "device_type", "sample_tokens"}
+MAY_CHANGE = {"resume", "run", "device_batch_size", "save_every", "device_type", "sample_tokens"}
 
 
 def main() -> int:
@@ -107,8 +106,8 @@ def main() -> int:
     compute = init_compute(args.device_type)
     seed_everything(derive_seed(args.seed, "init"))
     stop = StopRequest(compute)
-    folder = base_dir() / "runs" / (args.model_tag or f"d{args.depth}")
-    if is_finished(folder, args):
+    folder = run_folder(args.model_tag or f"d{args.depth}")
+    if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
     tokenizer = Tokenizer.load(tokenizer_folder(args.tokenizer))
@@ -220,22 +219,24 @@ def main() -> int:
 
     def state() -> dict:
         """All that a run is, but for what its flags say; collective over ranks."""
-        return {"flags": resumable_flags(args), "model": plain_model.state_dict(), "optimizer": optimizer.state_dict(),
+        return {"flags": resumable_flags(args, MAY_CHANGE), "model": plain_model.state_dict(), "optimizer": optimizer.state_dict(),
                 "controller": controller.state_dict() if controller else {}, "multipliers": multipliers,
-                "smooth_loss": smooth_loss, "train_loss": train_loss, "seconds": seconds, "rng": rng_state(compute.device)}
+                "smooth_loss": smooth_loss, "train_loss": train_loss, "seconds": seconds,
+                "decision_seconds": decision_seconds, "rng": rng_state(compute.device)}
 
-    start, smooth_loss, train_loss, seconds, resumed = 0, 0.0, math.nan, 0.0, None
+    start, smooth_loss, train_loss, seconds, decision_seconds, resumed = 0, 0.0, math.nan, 0.0, [], None
     if args.resume == "auto":
         resumed = load_checkpoint(folder / "checkpoints")
     if resumed:
         start, saved = resumed
-        check_same_flags(saved["flags"], args, folder)
+        check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
         check_tensors(plain_model.state_dict(), saved["model"], f"checkpoint of step {start}")
         plain_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if controller:
             controller.load_state_dict(saved["controller"])
-        multipliers, smooth_loss, train_loss, seconds = (saved[k] for k in ("multipliers", "smooth_loss", "train_loss", "seconds"))
+        multipliers, smooth_loss, train_loss, seconds, decision_seconds = (
+            saved[k] for k in ("multipliers", "smooth_loss", "train_loss", "seconds", "decision_seconds"))
         set_rng_state(saved["rng"], compute.device)
         print0(f"resumed at step {start} from {folder / 'checkpoints'}")
     writer = CheckpointWriter(folder / "checkpoints") if compute.is_main else None
@@ -270,10 +271,12 @@ def main() -> int:
             (loss / accumulation).backward()
             micro_loss = loss.detach() if micro_step == 0 else micro_loss + loss.detach()
 
+        t_hook = time.perf_counter()
         # ---- the hook: base schedule, controller, param groups ----
         base = base_hparams(groups, step, num_iterations, **schedule)
         if controller and step % args.decision_interval == 0:
             multipliers = controller.decide(observe())
+            decision_seconds.append(time.perf_counter() - t_hook)
         apply_multipliers(groups, base, multipliers)
         # ---- end of the hook ----
 
@@ -322,7 +325,8 @@ def main() -> int:
                 tokens = generate(plain_model, [tokenizer.bos], args.sample_tokens, seed=derive_seed(args.seed, "sample") % 2**31)
                 print0(f"sample: {tokenizer.decode(tokens)!r}")
     log.finish(val_bpb=val_bpb, train_loss=smooth_loss / (1 - 0.9 ** num_iterations), seconds=seconds, steps=num_iterations,
-               tokens=num_iterations * args.total_batch_size, flags=resumable_flags(args))
+               decisions=len(decision_seconds), controller_seconds=sum(decision_seconds),
+               tokens=num_iterations * args.total_batch_size, flags=resumable_flags(args, MAY_CHANGE))
     print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(seconds)} of training; see {folder}")
     return 0
 
@@ -338,8 +342,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--num-iterations is {args.num_iterations}; give a number of steps, or -1 to derive it")
     if args.head_dim % 2:
         raise UserError(f"--head-dim is {args.head_dim}; the rotary embedding needs an even number")
-    if args.resume not in ("none", "auto"):
-        raise UserError(f"--resume is {args.resume!r}; use none or auto")
     if set(args.window_pattern) - {"S", "L"} or not args.window_pattern:
         raise UserError(f"--window-pattern is {args.window_pattern!r}; it may hold only S (half context) and L (full)")
 
@@ -349,32 +351,6 @@ def check_batch(args: argparse.Namespace, tokens_per_micro_step: int) -> None:
         nearest = max(1, round(args.total_batch_size / tokens_per_micro_step)) * tokens_per_micro_step
         raise UserError(f"--total-batch-size {args.total_batch_size} does not divide into micro-batches of {tokens_per_micro_step} tokens "
                         f"(--device-batch-size x --max-seq-len x ranks); the nearest that does is {nearest}")
-
-
-def resumable_flags(args: argparse.Namespace) -> dict:
-    """The flags that must be the same when a run goes on."""
-    return {k: v for k, v in vars(args).items() if k not in RESUME_MAY_CHANGE}
-
-
-def check_same_flags(saved: dict, args: argparse.Namespace, folder) -> None:
-    now = resumable_flags(args)
-    changed = sorted(k for k in saved.keys() | now.keys() if saved.get(k) != now.get(k))
-    if changed:
-        listed = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)} -> {now.get(k)}" for k in changed)
-        raise UserError(f"{folder} holds a run with other flags ({listed}); give the same flags, another --model-tag, or --resume none")
-
-
-def is_finished(folder, args: argparse.Namespace) -> bool:
-    """Whether --resume auto finds this very run finished. Without it, what the folder holds is cleared away."""
-    if args.resume == "auto":
-        if not (folder / "result.json").exists():
-            return False
-        check_same_flags(read_json(folder / "result.json", "result")["flags"], args, folder)
-        return True
-    if int(os.environ.get("RANK", "0")) == 0:
-        (folder / "result.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return False
 
 
 def mean_over_ranks(loss: torch.Tensor, compute: Compute) -> float:

@@ -5,29 +5,30 @@ list only what differs, per script. `--preset auto` is `paper` with a GPU and `t
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 
 from nanochat.common import UserError
 
-_TINY_MODEL = {"depth": 4, "aspect_ratio": 16, "head_dim": 32, "max_seq_len": 128, "tokenizer": "tiny"}
-_SMOKE_MODEL = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "max_seq_len": 64, "tokenizer": "smoke"}
+_TINY = {"depth": 4, "aspect_ratio": 16, "head_dim": 32, "tokenizer": "tiny", "data": "embedded"}
+_SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", "data": "embedded"}
 
 PRESETS: dict[str, dict[str, dict]] = {
     "paper": {},
     "tiny": {
-        "tok_train": {"vocab_size": 512, "name": "tiny"},
-        "base_train": {**_TINY_MODEL, "data": "embedded", "num_iterations": 250, "total_batch_size": 2048, "device_batch_size": 16,
-                       "lr_batch_rule": "none", "eval_every": 25, "eval_tokens": 65536, "save_every": 100},
-        "meta_train": {**_TINY_MODEL, "data": "embedded", "num_iterations": 150, "episode_seq_len": 64, "episode_batch_size": 4,
+        "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
+        "base_train": {**_TINY, "max_seq_len": 128, "num_iterations": 250, "total_batch_size": 2048, "device_batch_size": 16,
+                       "lr_batch_rule": "none", "decision_interval": 25, "eval_every": 25, "eval_tokens": 65536, "save_every": 50},
+        "meta_train": {**_TINY, "num_iterations": 150, "decision_interval": 15, "episode_seq_len": 64, "episode_batch_size": 4,
                        "policy_lr": 3e-3, "updates": 30},
     },
     "smoke": {
-        "tok_train": {"vocab_size": 320, "name": "smoke"},
-        "base_train": {**_SMOKE_MODEL, "data": "embedded", "num_iterations": 12, "total_batch_size": 256, "device_batch_size": 2,
+        "tok_train": {"data": "embedded", "vocab_size": 320, "name": "smoke"},
+        "base_train": {**_SMOKE, "max_seq_len": 64, "num_iterations": 12, "total_batch_size": 256, "device_batch_size": 2,
                        "lr_batch_rule": "none", "eval_every": 6, "eval_tokens": 1024, "save_every": 6, "decision_interval": 4,
                        "sample_tokens": 8},
-        "meta_train": {**_SMOKE_MODEL, "data": "embedded", "num_iterations": 12, "decision_interval": 4, "episode_seq_len": 32,
+        "meta_train": {**_SMOKE, "num_iterations": 12, "decision_interval": 4, "episode_seq_len": 32,
                        "episode_batch_size": 2, "updates": 3, "episodes": 4, "save_every": 1},
     },
 }
@@ -55,3 +56,9 @@ def parse_with_preset(parser: argparse.ArgumentParser, script: str, argv: list[s
     args = parser.parse_args(argv)
     args.preset = preset
     return args
+
+
+if __name__ == "__main__":  # for speedrun.sh: prints the preset's name and the number of GPUs
+    if sys.argv[1] not in ("auto", *PRESETS):
+        sys.exit(f"error: there is no preset {sys.argv[1]!r}; choose one of auto, {', '.join(PRESETS)}")
+    print(resolve_preset(sys.argv[1]), torch.cuda.device_count())

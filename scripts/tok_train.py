@@ -1,8 +1,7 @@
 """Train the tokenizer on the training shards (never on the validation shard).
 
-python -m scripts.tok_train --vocab-size 4096                      # the embedded corpus, seconds on a laptop
-python -m scripts.tok_train --data fineweb-edu                     # the downloaded shards, vocabulary 32,768
-python -m scripts.tok_train --data my_texts --output my_tokenizer  # any folder of .parquet, .jsonl or .txt
+    python -m scripts.tok_train                                     paper: FineWeb-Edu, 32,768; tiny: the embedded corpus, 512
+    python -m scripts.tok_train --data my_texts --name my_texts     any folder of .parquet, .jsonl or .txt
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from nanochat.common import UserError, print0, read_json, run_main, write_json
 from nanochat.dataset import iter_texts, resolve_data, split_shards
 from nanochat.tokenizer import FILE_NAME, SPLIT_PATTERN, Tokenizer, tokenizer_folder
 from nanochat.tokens import shard_records
+from scripts.presets import add_preset_flag, parse_with_preset
 
 EVAL_CHARS = 10_000_000    # of validation text; the ratio does not move any more after far less
 
@@ -39,14 +39,15 @@ def main() -> None:
     # flags
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="embedded", help="embedded, fineweb-edu or a folder (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="special tokens included (default: %(default)s)")
-    parser.add_argument("--max-chars", type=int, default=2 * 10**9, help="characters to learn from (default: %(default)s)")
-    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters of one document (default: %(default)s)")
-    parser.add_argument("--name", default="default", help="saved in <base>/tokenizer/NAME (default: %(default)s)")
+    add_preset_flag(parser)
+    parser.add_argument("--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="special tokens included")
+    parser.add_argument("--max-chars", type=int, default=2 * 10**9, help="of text to learn from")
+    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters of a document")
+    parser.add_argument("--name", default="default", help="saved in <base>/tokenizer/NAME")
     parser.add_argument("--output", type=Path, help="the folder to save in, instead of --name")
     parser.add_argument("--force", action="store_true", help="replace the tokenizer that is there")
-    args = parser.parse_args()
+    args = parse_with_preset(parser, "tok_train")
     for flag, value in {"--max-chars": args.max_chars, "--doc-cap": args.doc_cap}.items():
         if value < 1:
             raise UserError(f"{flag} {value} leaves no text to learn from; give a positive number of characters")

@@ -86,7 +86,8 @@ def test_batched_multipliers_are_products():
 
 @pytest.mark.parametrize("bad, message", [
     ({"lm_haed": {"lr": 1.0}}, "the groups are \\*, a, b"), ({"*": {"lr": NAN}}, "finite"),
-    ({"a": {"lr": INF}}, "finite"), ({"a": {"lr": 0.0}}, "above 0"), ({"b": {"weight_decay": -1.0}}, "above 0"), ({"a": {"lr": "2"}}, "finite"),
+    ({"a": {"lr": INF}}, "finite"), ({"a": {"lr": 0.0}}, "above 0"),
+    ({"b": {"weight_decay": -1.0}}, "above 0"), ({"a": {"lr": "2"}}, "finite"),
     ({"a": {"beta": 2.0}}, "sets only lr, weight_decay"), ({"a": 2.0}, "must map"), (None, "must map")])
 def test_bad_multipliers_are_refused_before_anything_is_written(bad, message):
     groups = [{"name": "a", "lr": 7.0}, {"name": "b", "lr": 7.0}]

@@ -182,7 +182,7 @@ def test_every_truncation_and_bit_flip_is_refused_or_harmless(tmp_path):
 def test_well_formed_files_with_the_wrong_contents(tmp_path):
     save_policy(lively_policy(), tmp_path / "p", {})
     weights_path, card_path = policy_files(tmp_path / "p")
-    good, card = safetensors.torch.load_file(weights_path), json.loads(card_path.read_text())
+    good, card = safetensors.torch.load(weights_path.read_bytes()), json.loads(card_path.read_text())
 
     def put(data: bytes, **changes):
         weights_path.write_bytes(data)

@@ -31,7 +31,7 @@ def tokenizer():
 
 
 def encode_slow(tokenizer, text):
-    """BPE as defined: cut the text into pieces, and in each merge the adjacent pair of the lowest rank until none is left."""
+    """BPE as defined: cut the text into pieces; in each, merge the adjacent pair of lowest rank until none is left."""
     rank, ids = {token: i for i, token in enumerate(tokenizer.ranks)}, []
     for piece in regex.findall(SPLIT_PATTERN, text):
         parts = [bytes([b]) for b in piece.encode()]
@@ -72,7 +72,7 @@ def test_special_tokens_are_counted_and_never_read_from_text(tokenizer):
 
 
 def test_digits_come_in_groups_of_two_at_most():
-    trained = Tokenizer.train(["2024 2024 2024 123456 123456 "] * 50, 275)
+    trained = Tokenizer.train(["2024 2024 2024 123456 123456 "] * 50, 270)
     assert max(len(token) for token in trained.ranks if any(chr(b).isdigit() for b in token)) == 2
     assert [trained.decode([i]) for i in trained.encode("2024")] == ["20", "24"]
 
@@ -88,7 +88,7 @@ def test_lone_surrogates_become_question_marks(tokenizer):
     assert Tokenizer.train(["a\ud800b" * 9], 266).ranks == Tokenizer.train(["a?b" * 9], 266).ranks
 
 
-def test_training_is_deterministic_and_merges_what_came_before(tokenizer, tmp_path):
+def test_training_is_deterministic_and_merges_what_came_before(tokenizer):
     again = Tokenizer.train(iter([TEXT, *words(30)]), 400)
     assert again.fingerprint == tokenizer.fingerprint != Tokenizer.train([TEXT, *words(30)], 399).fingerprint
     for i, token in enumerate(tokenizer.ranks[256:], start=256):
@@ -171,7 +171,7 @@ def test_script_learns_from_the_training_shards_only_and_only_once(train, capsys
     first = file.read_bytes()
     trained = Tokenizer.load(tokenizer_folder())
     assert trained.vocab_size == 300 and not any(b"z" in token or b"q" in token for token in trained.ranks[256:])
-    # Nothing of the validation text is compressed but for, at best, nothing: one byte a token.
+    # None of the merges occur in the validation text: a token a byte.
     assert "validation: 9000 bytes, 9000 tokens, 1.000 bytes per token" in capsys.readouterr().out
 
     before = file.stat().st_mtime_ns

@@ -1,0 +1,213 @@
+"""Meta-train the controller: groups of short training episodes, a policy update after each (paper 3.5, 4.1, Table 2).
+
+    python -m scripts.meta_train                                         paper size on a GPU, tiny on a CPU
+    torchrun --standalone --nproc_per_node 8 -m scripts.meta_train       the same policy from 8 GPUs, 1 episode each
+    python -m scripts.meta_train --preset tiny --updates 10 --advantages standard     an ablation (paper 4.4)
+
+Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, policy.safetensors, policy.json, result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from jel.errors import JelError
+from jel.grpo import PolicyUpdate, group_advantages, standard_grpo_advantages
+from jel.meta import MetaConfig, MetaTrainer
+from jel.policy import GaussianPolicy, save_policy
+from jel.rollout import Interrupted
+from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
+from nanochat.checkpoint import CheckpointWriter, load_checkpoint
+from nanochat.common import (RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute, print0, run_main,
+                             seed_everything)
+from nanochat.dataset import corpus_record, resolve_data
+from nanochat.gpt import GPTConfig
+from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
+from nanochat.tokenizer import Tokenizer, tokenizer_folder
+from nanochat.tokens import TokenCache
+from scripts.presets import add_preset_flag, parse_with_preset
+from scripts.runs import check_same_flags, is_finished, resumable_flags, run_folder
+
+ADVANTAGES = {"group": group_advantages, "standard": standard_grpo_advantages}
+
+
+# -----------------------------------------------------------------------------
+# flags (a default here is the paper's; presets list what they change)
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    add_preset_flag(parser)
+    # the model that is trained, and its data
+    flag("--depth", type=int, default=6, help="layers; width and heads follow from it")
+    flag("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
+    flag("--head-dim", type=int, default=128)
+    flag("--window-pattern", default="SSSL", help="as in base_train")
+    flag("--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt")
+    flag("--tokenizer", default="default", help="name of a tokenizer trained by scripts.tok_train")
+    # an episode
+    flag("--num-iterations", type=int, default=561, help="steps of an episode")
+    flag("--episode-seq-len", type=int, default=128)
+    flag("--episode-batch-size", type=int, default=32, help="rows per step and episode; x --episode-seq-len = 4,096 tokens")
+    flag("--decision-interval", type=int, default=50, help="steps")
+    flag("--base-lr", type=float, default=1e-3, help="every group's rate before the multiplier")
+    flag("--base-wd", type=float, default=1e-2, help="every group's weight decay before the multiplier")
+    flag("--warmup-ratio", type=float, default=0.0)
+    flag("--warmdown-ratio", type=float, default=0.4)
+    flag("--final-lr-frac", type=float, default=0.0)
+    flag("--episode-starts", choices=["shared", "own"], default="shared", help="initialisation and data: one per group, or one per episode")
+    # reward
+    flag("--probe-batches", type=int, default=4, help="fixed batches whose mean loss is the reward's")
+    flag("--gradient-penalty", type=float, default=0.0, help="lambda_g")
+    flag("--smoothness-penalty", type=float, default=0.0, help="lambda_s")
+    flag("--nan-penalty", type=float, help="what an episode that blows up loses; default: its starting loss")
+    # policy and its update
+    flag("--policy-hidden", type=int, default=64)
+    flag("--initial-log-std", type=float, default=-0.5)
+    flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")
+    flag("--updates", type=int, default=50)
+    flag("--episodes", type=int, default=8, help="per update, over all ranks")
+    flag("--episode-chunk", type=int, default=-1, help="episodes side by side on a device; -1 = as many as fit its free memory")
+    flag("--policy-lr", type=float, default=3e-4)
+    flag("--gamma", type=float, default=0.99)
+    flag("--clip", type=float, default=0.2)
+    flag("--ppo-epochs", type=int, default=4)
+    flag("--minibatch-size", type=int, default=64)
+    flag("--entropy-coef", type=float, default=0.0)
+    flag("--advantages", choices=list(ADVANTAGES), default="group", help="standard: with GRPO's length and variance normalisation (paper 4.4)")
+    # saving, logging
+    flag("--save-every", type=int, default=1, help="updates between checkpoints")
+    flag("--resume", choices=["none", "auto"], default="none", help="auto: go on from the newest whole checkpoint of this run, if any")
+    flag("--run", default="dummy", help="wandb run name; dummy = off")
+    flag("--model-tag", default="meta", help="name of the run's folder")
+    flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
+    flag("--seed", type=int, default=42)
+    return parser
+
+
+MAY_CHANGE = {"resume", "run", "save_every", "device_type", "episode_chunk"}  # ... when a run goes on
+
+
+def main() -> int:
+    args = parse_with_preset(flags(), "meta_train")
+    for name in ("num_iterations", "episode_seq_len", "episode_batch_size", "decision_interval", "probe_batches", "updates", "episodes",
+                 "ppo_epochs", "minibatch_size", "policy_hidden", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.decision_interval > args.num_iterations:
+        print0(f"warning: a decision every {args.decision_interval} steps is more than the episode's {args.num_iterations}: "
+               "one decision an episode")
+
+    # -------------------------------------------------------------------------
+    # init
+
+    compute = init_compute(args.device_type)
+    seed_everything(derive_seed(args.seed, "meta"))
+    stop = StopRequest(compute)
+    folder = run_folder(args.model_tag)
+    if is_finished(folder, args, MAY_CHANGE):
+        print0(f"already finished: {folder}")
+        return 0
+    tokenizer = Tokenizer.load(tokenizer_folder(args.tokenizer))
+    data = resolve_data(args.data)
+    cache = TokenCache.build(data, tokenizer, compute)
+
+    # -------------------------------------------------------------------------
+    # the episodes
+
+    config = GPTConfig.from_depth(args.depth, args.aspect_ratio, args.head_dim, sequence_len=args.episode_seq_len,
+                                  vocab_size=tokenizer.vocab_size, window_pattern=args.window_pattern)
+    schedule = {"warmup_ratio": args.warmup_ratio, "warmdown_ratio": args.warmdown_ratio, "final_lr_frac": args.final_lr_frac,
+                "final_wd_frac": 0.0}
+    task = PretrainTask(config, cache, compute, num_steps=args.num_iterations, batch_size=args.episode_batch_size,
+                        probe_batches=args.probe_batches, base_lr=args.base_lr, base_wd=args.base_wd, schedule=schedule,
+                        seed=args.seed, shared=args.episode_starts == "shared")
+    share = -(-args.episodes // compute.world_size)
+    each, free = episode_bytes(config, args.episode_batch_size), free_bytes(compute.device)
+    chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
+    print0(f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)")
+
+    # -------------------------------------------------------------------------
+    # the policy and its training
+
+    policy = GaussianPolicy(hidden=args.policy_hidden, initial_log_std=args.initial_log_std, action_range=args.action_range,
+                            seed=derive_seed(args.seed, "policy"))
+    updater = PolicyUpdate(policy, lr=args.policy_lr, gamma=args.gamma, clip=args.clip, epochs=args.ppo_epochs,
+                           minibatch_size=args.minibatch_size, entropy_coef=args.entropy_coef, seed=derive_seed(args.seed, "minibatches"),
+                           advantages=ADVANTAGES[args.advantages])
+    meta = MetaConfig(args.episodes, chunk, args.decision_interval, args.gradient_penalty, args.smoothness_penalty, args.nan_penalty)
+    trainer = MetaTrainer(task, policy, updater, meta, derive_seed(args.seed, "actions"), compute.rank, compute.world_size, stop.requested)
+
+    # -------------------------------------------------------------------------
+    # resume
+
+    seconds, records, resumed = 0.0, [], None
+    if args.resume == "auto":
+        resumed = load_checkpoint(folder / "checkpoints")
+    if resumed:
+        done, saved = resumed
+        check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
+        trainer.load_state_dict(saved["trainer"])
+        seconds, records = saved["seconds"], saved["records"]
+        print0(f"resumed at update {done} from {folder / 'checkpoints'}")
+    writer = CheckpointWriter(folder / "checkpoints") if compute.is_main else None
+
+    def save() -> None:
+        if writer:
+            writer.save(trainer.updates, {"flags": resumable_flags(args, MAY_CHANGE), "trainer": trainer.state_dict(),
+                                          "seconds": seconds, "records": records})
+
+    log = RunLog(folder, {"flags": vars(args), "model": vars(config), "data": corpus_record(data), "tokenizer": tokenizer.fingerprint},
+                 compute, resume_step=trainer.updates if resumed else None, wandb_name=args.run)
+
+    # -------------------------------------------------------------------------
+    # loop
+
+    watch = Stopwatch(args.updates, done=trainer.updates)
+    while trainer.updates < args.updates:
+        t0 = time.perf_counter()
+        try:
+            record = trainer.update()
+        except Interrupted:
+            break
+        seconds += time.perf_counter() - t0
+        records.append({key: record[key] for key in ("entropy", "return_mean")})
+        log.log(**record)
+        lr, wd = record["lr"], record["weight_decay"]
+        spots = (0, len(lr) // 2, -1)
+        print0(f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} best {record['return_best']:.4f} | "
+               f"entropy {record['entropy']:.3f} | lr x{'/'.join(f'{lr[i]:.3g}' for i in spots)} wd x{'/'.join(f'{wd[i]:.3g}' for i in spots)} | "
+               f"episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(watch.tick(trainer.updates))}")
+        if record["episodes_alive"] < args.episodes:
+            print0(f"  {args.episodes - record['episodes_alive']} of {args.episodes} episodes blew up")
+        if trainer.updates % args.save_every == 0 and trainer.updates < args.updates:
+            save()
+    task.close()
+    if trainer.updates < args.updates:
+        save()
+        if writer:
+            writer.close()
+        print0(f"stopped after update {trainer.updates}; run the same command with --resume auto to go on")
+        return REQUEUE_EXIT_CODE
+
+    # -------------------------------------------------------------------------
+    # done
+
+    if writer:
+        writer.close()
+        episodes = args.updates * args.episodes
+        tokens = episodes * args.num_iterations * args.episode_batch_size * args.episode_seq_len
+        save_policy(policy, folder / "policy", {"flags": resumable_flags(args, MAY_CHANGE), "model": vars(config),
+                                                "environment": environment_record(compute), "seconds": seconds})
+        log.finish(updates=args.updates, episodes=episodes, tokens=tokens, seconds=seconds, entropy=[r["entropy"] for r in records],
+                   return_mean=[r["return_mean"] for r in records], policy=str(folder / "policy.safetensors"),
+                   flags=resumable_flags(args, MAY_CHANGE))
+    print0(f"done: {args.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, JelError)
