@@ -22,7 +22,7 @@ Multipliers = Mapping[str, Mapping[str, "float | Tensor"]]
 
 
 def scales_from_actions(raw: Tensor, action_range: float) -> Tensor:
-    """Multipliers `exp(log(r) * tanh(raw))`, r = `action_range` (paper 3.3): (..., A) -> (..., A) in [1/r, r], 1 at 0."""
+    """Multipliers `exp(log(r) * tanh(raw))` (paper 3.3): (..., A) -> (..., A), each in [1/r, r], 1 at raw = 0."""
     return torch.exp(math.log(action_range) * torch.tanh(raw))
 
 

@@ -19,13 +19,10 @@ import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
-from jel.actions import IDENTITY, validate_multipliers
+from jel.actions import IDENTITY
 from jel.errors import JelError
 from jel.policy import (GaussianPolicy, default_policy_path, load_policy, numpy_multipliers, policy_digest,
                         progress_weights)
-
-__all__ = ["OBSERVATIONS", "Controller", "NullController", "PolicyController", "load_controller",
-           "validate_multipliers"]
 
 OBSERVATIONS = frozenset({"progress", "step", "train_loss", "probe_loss", "grad_norm"})
 

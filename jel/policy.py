@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +41,12 @@ class GaussianPolicy(nn.Module):
     def __init__(self, n_state: int = 1, hidden: int = 64, n_actions: int = 2, seed: int = 0,
                  initial_log_std: float = -0.5, action_range: float = 100.0):  # Table 2
         super().__init__()
-        sizes, (low, high) = (n_state, hidden, n_actions), LOG_STD_RANGE
+        sizes = (n_state, hidden, n_actions)
         if not all(type(n) is int and 0 < n <= 4096 for n in sizes):
             raise JelError(f"n_state, hidden and n_actions must be integers from 1 to 4096, not {sizes}")
-        if not low <= initial_log_std <= high:
-            raise JelError(f"initial_log_std is {initial_log_std}; it must lie in [{low}, {high}]")
-        if not (isinstance(action_range, Real) and 1 < action_range <= 1e6):
+        if not LOG_STD_RANGE[0] <= initial_log_std <= LOG_STD_RANGE[1]:
+            raise JelError(f"initial_log_std is {initial_log_std}; it must lie in {list(LOG_STD_RANGE)}")
+        if not (isinstance(action_range, (int, float)) and 1 < action_range <= 1e6):
             raise JelError(f"action_range is {action_range!r}; it must be a number above 1 and at most 1e6")
         self.n_state, self.hidden, self.n_actions, self.action_range = *sizes, float(action_range)
         linear = lambda a, b: nn.utils.skip_init(nn.Linear, a, b)
@@ -60,8 +59,7 @@ class GaussianPolicy(nn.Module):
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
             nn.init.orthogonal_(self.net[4].weight, gain=INITIAL_OUTPUT_GAIN, generator=generator)
-            self.net[4].bias[:n_actions] = 0.0
-            self.net[4].bias[n_actions:] = initial_log_std
+            self.net[4].bias[:n_actions], self.net[4].bias[n_actions:] = 0.0, initial_log_std
 
     @property
     def is_progress_policy(self) -> bool:
@@ -77,8 +75,8 @@ class GaussianPolicy(nn.Module):
     def act(self, states: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """States (..., S), normal noise (..., A) -> raw actions `mean + std * noise` (..., A) and log-densities (...).
 
-        One state at a time: a batched product rounds differently with the size of the batch, and the bits of an
-        episode must not depend on how episodes are split over ranks and chunks.
+        One state at a time: a batched product's rounding depends on the batch, and an episode's bits must not depend
+        on how episodes are split over ranks and chunks.
         """
         actions, log_probs = torch.empty_like(noise), noise.new_empty(noise.shape[:-1])
         for i in np.ndindex(noise.shape[:-1]):
@@ -98,7 +96,7 @@ class GaussianPolicy(nn.Module):
     def entropy(self, states: Tensor) -> Tensor:
         """Differential entropy in nats per action dimension, i.e. the mean over A: (..., S) -> (...).
 
-        0.919 at the initial log_std; the mean, because summed (1.84) it could not be set beside the paper's 0.3-0.5.
+        0.919 at log_std -0.5; the mean, because summed (1.84) it could not be set beside the paper's 0.3-0.5.
         """
         return (0.5 * math.log(2 * math.pi * math.e) + self(states)[1]).mean(-1)
 
@@ -167,8 +165,7 @@ def policy_files(path: str | Path) -> tuple[Path, Path]:
 
 def policy_bytes(policy: GaussianPolicy) -> bytes:
     """The weights as the bytes of a safetensors file; the same bytes for the same weights and action range only."""
-    tensors = {name: t.cpu().contiguous() for name, t in policy.state_dict().items()}
-    return safetensors.torch.save(tensors, {"action_range": str(policy.action_range)})
+    return safetensors.torch.save(policy.state_dict(), {"action_range": str(policy.action_range)})
 
 
 def policy_digest(policy: GaussianPolicy) -> str:
@@ -198,12 +195,12 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
     data, card = read_bytes(weights_path, "policy"), read_json(card_path, "policy card")
     if not isinstance(card, dict) or (card.get("format"), card.get("version")) != (FORMAT, VERSION):
         raise JelError(f"policy card {card_path} is not a {FORMAT} card of version {VERSION}")
+    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
+        raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
     try:
         policy = GaussianPolicy(**{key: card.get(key) for key in ARCHITECTURE})
     except JelError as e:
         raise JelError(f"policy card {card_path}: {e}") from None
-    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
-        raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
     try:
         tensors = safetensors.torch.load(data)
     except Exception as e:  # whatever a parser of foreign bytes may raise
@@ -214,22 +211,18 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
     if not _all_finite(tensors):
         raise JelError(f"policy {weights_path} holds weights that are not finite")
     policy.load_state_dict(tensors)
-    if not _same_table(card.get("multipliers"), _card_table(policy)):
+    try:  # to 0.01%, because machines round differently
+        pairs = zip(card["multipliers"], _card_table(policy), strict=True)
+        agrees = all(math.isclose(told[key], value, rel_tol=1e-4) for told, own in pairs for key, value in own.items())
+    except (KeyError, TypeError, ValueError, OverflowError):
+        agrees = False
+    if not agrees:
         raise JelError(f"policy card {card_path}: its table of multipliers is not that of the weights")
     return policy, card
 
 
 def _card_table(policy: GaussianPolicy) -> list[dict[str, float]]:
-    """What people read on the card; empty for a policy that is not one of progress alone."""
     return multiplier_table(policy, [i / 20 for i in range(21)]) if policy.is_progress_policy else []
-
-
-def _same_table(told, own: list[dict[str, float]]) -> bool:
-    """To 0.01%, because machines round differently."""
-    try:
-        return all(math.isclose(a[key], b[key], rel_tol=1e-4) for a, b in zip(told, own, strict=True) for key in b)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
 
 
 def _all_finite(state: dict[str, Tensor]) -> bool:

@@ -85,7 +85,7 @@ class MuonAdamW(torch.optim.Optimizer):
     Over N ranks gradients are averaged, and work and state are sharded: Muon by stack members, large AdamW tensors by
     rows. The state dict is always that of one rank, so it loads at any world size.
 
-    Raises ValueError for an unknown kind, a missing name, or a Muon group of mixed shapes.
+    Raises ValueError for an unknown kind, a missing or repeated name, or a Muon group of mixed shapes.
     """
 
     def __init__(self, groups: list[dict], rank: int = 0, world_size: int = 1):
@@ -93,9 +93,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self.rank, self.world_size = rank, world_size
         shards = {"adamw": _AdamWShard, "muon": _MuonShard}
         self._shards: list[_Shard] = []
-        for group in self.param_groups:
-            if group.get("kind") not in shards or "name" not in group:
-                raise ValueError(f"a param group needs a name and a kind out of {sorted(shards)}")
+        names = [group.get("name") for group in self.param_groups]
+        for group, name in zip(self.param_groups, names):
+            if group.get("kind") not in shards or name is None or names.count(name) > 1:
+                raise ValueError(f"a param group needs a name of its own and a kind out of {sorted(shards)}")
             self._shards.append(shards[group["kind"]](group, rank, world_size))
         cuda = self.param_groups[0]["params"][0].is_cuda
         self._compiled = {name: torch.compile(f, dynamic=False, fullgraph=True) if cuda else f
@@ -104,13 +105,13 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Reduce, update and gather every group; communication of one group overlaps the work of the others."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for shard in self._shards:
             shard.reduce()
         for shard in self._shards:
+            shard.wait()
+            shard.steps += 1
             shard.update(self._compiled[shard.group["kind"]])
             shard.gather()
         for shard in self._shards:
@@ -137,7 +138,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class _Shard:
-    """The part of one param group that this rank updates, and how it talks to the other ranks."""
+    """The part of one param group that this rank updates, and how it talks to the other ranks.
+
+    A subclass knows a state tensor's `_full_shape(name)`, all of it: `_full(name, part)`, its part: `_own(name, full)`.
+    """
 
     def __init__(self, group: dict, rank: int, world_size: int):
         self.group, self.rank, self.world_size = group, rank, world_size
@@ -146,7 +150,6 @@ class _Shard:
         self._pending: list = []
 
     def wait(self) -> None:
-        """Until this group's communication under way is done."""
         for work in self._pending:
             work.wait()
         self._pending.clear()
@@ -159,27 +162,22 @@ class _Shard:
             return value.to(like.device, dtype).view(-1, *(1,) * trailing)
         return torch.tensor(float(value), device=like.device) if like.is_cuda else float(value)
 
-    def _all_gather(self, out: torch.Tensor, part: torch.Tensor, async_op: bool = False):
+    def _all_gather(self, out: torch.Tensor, part: torch.Tensor) -> None:
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        work = gather(out, part, async_op=async_op)
-        if async_op:
-            self._pending.append(work)
+        self._pending.append(gather(out, part, async_op=True))
+
+    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """The parts of all ranks, one after another."""
+        if self.world_size == 1:
+            return part
+        out = part.new_empty(self.world_size * part.size(0), *part.shape[1:])
+        self._all_gather(out, part)
+        self.wait()
+        return out
 
     def _reduce_scatter(self, out: torch.Tensor, full: torch.Tensor) -> None:
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
         self._pending.append(scatter(out, full, async_op=True))
-
-    def _full_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of state tensor `name` over all ranks."""
-        raise NotImplementedError
-
-    def _full(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """State tensor `name` over all ranks."""
-        raise NotImplementedError
-
-    def _own(self, name: str, full: torch.Tensor) -> torch.Tensor:
-        """This rank's part of state tensor `name`."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict:
         return {"step": self.steps, **{name: self._full(name, t).clone() for name, t in self.state.items()}}
@@ -211,12 +209,8 @@ class _AdamWShard(_Shard):
     def _full_shape(self, name):
         return self.group["params"][int(name.split(".")[1])].shape
 
-    def _full(self, name, tensor):
-        if not self.split[int(name.split(".")[1])]:
-            return tensor
-        out = tensor.new_empty(self._full_shape(name))
-        self._all_gather(out, tensor)
-        return out
+    def _full(self, name, part):
+        return self._gathered(part) if self.split[int(name.split(".")[1])] else part
 
     def _own(self, name, full):
         return self._rows(int(name.split(".")[1]), full)
@@ -233,8 +227,6 @@ class _AdamWShard(_Shard):
                 self._pending.append(dist.all_reduce(grad, async_op=True))
 
     def update(self, f) -> None:
-        self.wait()
-        self.steps += 1
         beta1, beta2 = self.group["betas"]
         for i, (p, grad) in enumerate(zip(self.group["params"], self._grads)):
             if self.world_size > 1:
@@ -250,7 +242,7 @@ class _AdamWShard(_Shard):
         self._grads = None
         for i, p in enumerate(self.group["params"]):
             if self.split[i]:
-                self._all_gather(p.data, self._rows(i, p.data).clone(), async_op=True)
+                self._all_gather(p.data, self._rows(i, p.data).clone())
 
 
 class _MuonShard(_Shard):
@@ -262,16 +254,14 @@ class _MuonShard(_Shard):
         if len({p.shape for p in params}) != 1:
             raise ValueError(f"Muon group {group['name']} mixes shapes {sorted({tuple(p.shape) for p in params})}")
         self.own = -(-len(params) // world_size)
-        *self.lead, rows, cols = params[0].shape
-        members = self.own * world_size
-        self.stack = params[0].new_zeros(members, *params[0].shape)      # (K padded, [R,] rows, cols)
+        self.stack = params[0].new_zeros(self.own * world_size, *params[0].shape)  # (K padded, [R,] rows, cols)
         for p, member in zip(params, self.stack):
             member.copy_(p.data)
             p.data = member
         self.grads = torch.zeros_like(self.stack)
-        part = (self.own, *self.lead)
-        self.state["momentum_buffer"] = self.stack.new_zeros(*part, rows, cols)
-        self.state["second_momentum"] = self.stack.new_zeros(*part, *((rows, 1) if rows >= cols else (1, cols)))
+        *lead, rows, cols = self.own, *params[0].shape
+        self.state["momentum_buffer"] = self.stack.new_zeros(*lead, rows, cols)
+        self.state["second_momentum"] = self.stack.new_zeros(*lead, *((rows, 1) if rows >= cols else (1, cols)))
 
     def _mine(self, t: torch.Tensor) -> torch.Tensor:
         return t[self.rank * self.own:(self.rank + 1) * self.own]
@@ -279,12 +269,8 @@ class _MuonShard(_Shard):
     def _full_shape(self, name):
         return len(self.group["params"]), *self.state[name].shape[1:]
 
-    def _full(self, name, tensor):
-        if self.world_size > 1:
-            out = tensor.new_empty(self.own * self.world_size, *tensor.shape[1:])
-            self._all_gather(out, tensor)
-            tensor = out
-        return tensor[:len(self.group["params"])]
+    def _full(self, name, part):
+        return self._gathered(part)[:len(self.group["params"])]
 
     def _own(self, name, full):
         padded = full.new_zeros(self.own * self.world_size, *full.shape[1:])
@@ -300,8 +286,6 @@ class _MuonShard(_Shard):
             self._reduce_scatter(self._grad, self.grads)
 
     def update(self, f) -> None:
-        self.wait()
-        self.steps += 1
         if self.world_size > 1:
             self._grad.div_(self.world_size)
         mine = self._mine(self.stack)
@@ -313,4 +297,4 @@ class _MuonShard(_Shard):
     def gather(self) -> None:
         self._grad = None
         if self.world_size > 1:
-            self._all_gather(self.stack, self._mine(self.stack).clone(), async_op=True)
+            self._all_gather(self.stack, self._mine(self.stack).clone())

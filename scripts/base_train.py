@@ -20,7 +20,7 @@ import torch
 from jel.actions import IDENTITY, apply_multipliers
 from jel.controller import load_controller
 from jel.errors import JelError
-from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, save_weights, set_rng_state
+from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, set_rng_state
 from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, format_seconds, init_compute, print0, run_main,
                              seed_everything)
 from nanochat.dataloader import DataLoader, fixed_batches
@@ -33,6 +33,7 @@ from nanochat.schedule import base_hparams, set_momentum
 from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.tokens import TokenCache
+from nanochat.weights import save_weights
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.runs import check_same_flags, is_finished, resumable_flags, run_folder
 

@@ -40,7 +40,8 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
 # Figure 2
 
 @matplotlib.style.context(STYLE)
-def validation_figure(curves: Mapping[str, Sequence[Mapping[int, float]]], labels: Mapping[str, str], subtitle: str) -> Figure:
+def validation_figure(curves: Mapping[str, Sequence[Mapping[int, float]]], labels: Mapping[str, str],
+                      subtitle: str) -> Figure:
     """Bits per byte by step, for each method one curve a seed: the mean, and the range of the seeds as a band.
 
     Left the whole run, right its end, between the methods that come near the best.
@@ -62,12 +63,13 @@ def validation_figure(curves: Mapping[str, Sequence[Mapping[int, float]]], label
     whole.set_ylabel("validation bits per byte")
     whole.set_title(subtitle)
     whole.legend(title="mean at the end", alignment="left", loc="upper right")
-    last = max(steps[-1] for steps, *_ in drawn.values())
+    first = 0.6 * max(steps[-1] for steps, *_ in drawn.values())
     best = min(mean[-1] for _, mean, *_ in drawn.values())
     near = [drawn[method] for method in order if drawn[method][1][-1] <= 1.15 * best]
-    lowest, highest = min(low[-1] for *_, low, _ in near), max(high[-1] for *_, high in near)
-    room = max(highest - lowest, 0.01 * best)
-    end.set(xlim=(0.6 * last, 1.01 * last), ylim=(lowest - 0.3 * room, highest + 1.5 * room), title="the last 40%, enlarged")
+    ends = [edge[i] for steps, _, *band in near for edge in band for i, step in enumerate(steps) if step >= first]
+    room = 0.08 * (max(ends) - min(ends)) or 0.01 * best
+    end.set(xlim=(first, 1.02 * first / 0.6), ylim=(min(ends) - room, max(ends) + room),
+            title="the last 40%, methods within 15% of the best")
     return figure
 
 
@@ -76,19 +78,20 @@ def validation_figure(curves: Mapping[str, Sequence[Mapping[int, float]]], label
 
 @matplotlib.style.context(STYLE)
 def multiplier_figure(progress: Sequence[float], lr: Sequence[Sequence[float]], weight_decay: Sequence[Sequence[float]],
-                      final: Mapping[str, Sequence[float]], final_label: str, subtitle: str) -> Figure:
+                      subtitle: str) -> Figure:
     """The policy's multipliers at its K decisions: median and quartiles over U updates, and the last policy's.
 
-    `progress` (K,), `lr` and `weight_decay` (U, K); `final` holds "progress", "lr" and "weight_decay" of equal length.
+    `progress` (K,), `lr` and `weight_decay` (U, K), each as it was after the update.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     panels = figure.subplots(1, 2, sharey=True)
     spread = f"25-75% of {len(lr)} update{'s' * (len(lr) != 1)}"
     for axes, name, values, color in zip(panels, ("lr", "weight_decay"), (lr, weight_decay), (VERMILION, BLUE)):
         low, median, high = quartiles(values)
         axes.fill_between(progress, low, high, color=color, alpha=0.2, linewidth=0, label=spread)
         axes.plot(progress, median, color=color, marker="o", markersize=3.5, label="median of the updates")
-        axes.plot(final["progress"], final[name], color=INK, linestyle=(0, (4, 2)), linewidth=1.4, label=final_label)
+        axes.plot(progress, values[-1], color=INK, linestyle=(0, (4, 2)), linewidth=1.4, label=f"after update {len(lr)}")
         axes.axhline(1, color="#999999", linewidth=0.8, zorder=1)
         axes.set(yscale="log", xlim=(0, 1), xlabel="progress t/T", title=f"{name.replace('_', ' ')} multiplier")
         axes.legend(loc="best")
@@ -105,18 +108,19 @@ def multiplier_figure(progress: Sequence[float], lr: Sequence[Sequence[float]], 
 # meta-training
 
 @matplotlib.style.context(STYLE)
-def meta_training_figure(entropy: Sequence[float], return_mean: Sequence[float], return_best: Sequence[float], subtitle: str) -> Figure:
+def meta_training_figure(entropy: Sequence[float], return_mean: Sequence[float], return_best: Sequence[float],
+                         subtitle: str) -> Figure:
     """Entropy (nats per action dimension) and the episodes' returns, by update: three (U,)."""
     figure = Figure(figsize=(9, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     updates = np.arange(1, len(entropy) + 1)
-    left.plot(updates, entropy, color=GREEN)
+    left.plot(updates, entropy, color=GREEN, marker=".")
     left.set(title="policy entropy, nats per action dimension", xlabel="update")
     low, high = left.get_ylim()
     left.set_ylim(min(low, 0), max(high, 1))  # a collapse is a fall to below 0, not a wiggle
-    right.plot(updates, return_best, color=BLUE, linestyle="--", label="best of the group")
-    right.plot(updates, return_mean, color=VERMILION, label="mean of the group")
-    right.set(title="return of an episode, nats of probe loss", xlabel="update")
+    right.plot(updates, return_best, color=BLUE, linestyle="--", marker=".", label="best of the group")
+    right.plot(updates, return_mean, color=VERMILION, marker=".", label="mean of the group")
+    right.set(title="discounted return, nats of probe loss", xlabel="update")
     right.legend(loc="best")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))

@@ -21,7 +21,7 @@ import torch
 from jel import (OBSERVATIONS, Controller, GaussianPolicy, JelError, NullController, PolicyController,
                  ScheduleController, apply_multipliers, export_schedule, load_controller, load_schedule, save_policy,
                  save_schedule)
-from jel.controller import validate_multipliers
+from jel.actions import validate_multipliers
 
 GROUPS = ("lm_head", "wte", "matrices")
 DECISIONS = [t / 561 for t in range(0, 561, 50)]  # the paper's 12 decision points
@@ -113,9 +113,9 @@ class ControllerConformance:
         assert state == saved
 
 
-def lively_policy() -> GaussianPolicy:
+def lively_policy(**architecture) -> GaussianPolicy:
     """A policy whose multipliers move visibly with progress (a fresh one stays near 1)."""
-    policy = GaussianPolicy(seed=3)
+    policy = GaussianPolicy(seed=3, **architecture)
     with torch.no_grad():
         policy.net[4].weight[:2] *= 60
     return policy
@@ -174,6 +174,20 @@ def test_policy_controller_keeps_a_history_and_refuses_another_policys_state():
     assert len({d["lr"] for d in decided}) == len(DECISIONS)
     with pytest.raises(JelError, match="was controlled by policy"):
         PolicyController(GaussianPolicy()).load_state_dict(controller.state_dict())
+
+
+def test_the_action_range_bounds_what_is_deployed_and_is_part_of_the_policys_name(tmp_path):
+    save_policy(lively_policy(action_range=1.5), tmp_path / "p", {})
+    narrow, wide = PolicyController(tmp_path / "p"), PolicyController(lively_policy())
+    replay = ScheduleController(export_schedule(lively_policy(action_range=1.5), DECISIONS))
+    for p in DECISIONS:
+        got, reference = (c.decide({"progress": p})["*"] for c in (narrow, wide))
+        assert replay.decide({"progress": p})["*"] == got
+        for name, value in got.items():
+            assert 1 / 1.5 <= value <= 1.5
+            assert math.log(value) / math.log(1.5) == pytest.approx(math.log(reference[name]) / math.log(100))
+    with pytest.raises(JelError, match="was controlled by policy"):  # equal weights, yet not the same policy
+        narrow.load_state_dict(wide.state_dict())
 
 
 def test_policy_controller_does_not_follow_later_training():

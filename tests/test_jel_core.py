@@ -47,10 +47,11 @@ def random_alive(seed: int) -> torch.Tensor:
 # -----------------------------------------------------------------------------
 # actions
 
-def test_scales_are_exp_of_log100_tanh():
+@pytest.mark.parametrize("r", [100.0, 1.5])
+def test_scales_are_exp_of_log_range_tanh(r):
     raw = torch.tensor([[0.0, 20.0], [-20.0, 0.5]])
-    want = [[1.0, 100.0], [0.01, math.exp(math.log(100) * math.tanh(0.5))]]
-    torch.testing.assert_close(scales_from_actions(raw), torch.tensor(want))
+    want = [[1.0, r], [1 / r, math.exp(math.log(r) * math.tanh(0.5))]]
+    torch.testing.assert_close(scales_from_actions(raw, r), torch.tensor(want))
 
 
 def test_multipliers_names_the_last_axis():

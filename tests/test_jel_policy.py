@@ -13,7 +13,7 @@ import torch
 
 from jel import GaussianPolicy, JelError, PolicyController, load_policy, save_policy
 from jel.actions import multipliers
-from jel.policy import numpy_mean, numpy_multipliers, numpy_weights, policy_files
+from jel.policy import numpy_multipliers, policy_files, progress_weights
 
 E, K, A = 6, 12, 2  # episodes, decisions, actions
 
@@ -22,9 +22,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def lively_policy(**sizes) -> GaussianPolicy:
+def lively_policy(**architecture) -> GaussianPolicy:
     """A fresh policy's outputs hardly depend on the state; these do."""
-    policy = GaussianPolicy(seed=1, **sizes)
+    policy = GaussianPolicy(seed=1, **architecture)
     with torch.no_grad():
         policy.net[4].weight *= 50
     return policy
@@ -41,6 +41,27 @@ def test_a_fresh_policy_is_near_the_identity_and_as_wide_as_the_paper_says():
     torch.testing.assert_close(log_std, torch.full_like(log_std, -0.5), atol=0.02, rtol=0)
     torch.testing.assert_close(policy.entropy(states), torch.full((21,), 0.919), atol=0.02, rtol=0)
     assert sum(p.numel() for p in policy.parameters()) == 2 * 64 + 65 * 64 + 65 * 4
+
+
+@pytest.mark.parametrize("bad", [
+    *({"action_range": r} for r in (1.0, 0.5, -100.0, 1e6 + 1, float("inf"), float("nan"), "100", None, True)),
+    *({"initial_log_std": s} for s in (-5.1, 2.1, float("nan"))),
+    *({name: n} for name in ("n_state", "hidden", "n_actions") for n in (0, -1, 4097, 64.0, "64", True))])
+def test_hyperparameters_that_make_no_sense_are_refused(bad):
+    with pytest.raises(JelError, match=next(iter(bad))) as e:
+        GaussianPolicy(**bad)
+    assert "\n" not in str(e.value)
+
+
+def test_hyperparameters_are_taken():
+    policy = GaussianPolicy(hidden=8, initial_log_std=-2.0, action_range=10)
+    mean, log_std = policy(torch.zeros(1))
+    torch.testing.assert_close(log_std, torch.full((A,), -2.0), atol=0.02, rtol=0)
+    assert policy.net[2].weight.shape == (8, 8)
+    for sign in (-1.0, 1.0):
+        with torch.no_grad():
+            policy.net[4].bias[:A] = 30.0 * sign
+        torch.testing.assert_close(policy.mean_scales(torch.zeros(1)), torch.full((A,), 10.0 ** sign))
 
 
 def test_policy_comes_from_its_seed_and_leaves_the_global_generator_alone():
@@ -68,20 +89,34 @@ def test_densities_against_torch_distributions():
     torch.testing.assert_close(policy.entropy(states), normal.entropy().mean(-1))
     again, _ = policy.sample(states, generator(5))
     assert torch.equal(again, actions)
-    many, _ = policy.sample(states[:1, :1].expand(20000, 1, 3), generator())
+    many, _ = policy.sample(states[:1, :1].expand(5000, 1, 3), generator())
     torch.testing.assert_close(many.mean(0), mean[0, :1], atol=0.05, rtol=0)
     torch.testing.assert_close(many.std(0), log_std[0, :1].exp(), atol=0.05, rtol=0)
 
 
-def test_numpy_twin_equals_torch():
-    policy = lively_policy()
-    weights = numpy_weights(policy)
+@pytest.mark.parametrize("n_state", [1, 3])
+def test_actions_do_not_depend_on_how_episodes_are_split(n_state):
+    policy, g = lively_policy(n_state=n_state), generator(2)
+    states, noise = torch.rand(40, K, n_state, generator=g), torch.randn(40, K, A, generator=g)
+    actions, log_probs = policy.act(states, noise)
+    mean, log_std = policy(states)
+    torch.testing.assert_close(actions, mean + log_std.exp() * noise)
+    torch.testing.assert_close(log_probs, policy.log_prob(states, actions))
+    for size in (1, 3, 8):
+        parts = [policy.act(s, n) for s, n in zip(states.split(size), noise.split(size))]
+        assert all(torch.equal(whole, torch.cat(p)) for whole, p in zip((actions, log_probs), zip(*parts)))
+    alone = policy.act(states[7, 5], noise[7, 5])
+    assert torch.equal(alone[0], actions[7, 5]) and torch.equal(alone[1], log_probs[7, 5])
+    assert policy.act(states[:0], noise[:0])[0].shape == (0, K, A)
+
+
+@pytest.mark.parametrize("action_range", [100.0, 3.0])
+def test_numpy_twin_equals_torch(action_range):
+    policy = lively_policy(action_range=action_range)
+    weights = progress_weights(policy)
     for progress in torch.linspace(0, 1, 101).tolist():
-        state = torch.tensor([progress])
-        torch.testing.assert_close(torch.tensor(numpy_mean(weights, (progress,))), policy(state)[0].detach().double(),
-                                   atol=1e-6, rtol=1e-6)
-        want = multipliers(policy.mean_scales(state).detach())
-        assert numpy_multipliers(weights, (progress,)) == pytest.approx(want, rel=1e-5)
+        want = multipliers(policy.mean_scales(torch.tensor([progress])).detach())
+        assert numpy_multipliers(weights, progress) == pytest.approx(want, rel=5e-6)
 
 
 def test_a_decision_costs_less_than_a_tenth_of_a_millisecond():
@@ -109,11 +144,12 @@ def refused(path, message: str = ".") -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors", ".json"])
 def test_save_and_load(tmp_path, suffix):
-    policy = lively_policy()
+    policy = lively_policy(hidden=16, action_range=30.0)
     save_policy(policy, tmp_path / f"run.v1{suffix}", {"updates": 50})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.v1.json", "run.v1.safetensors"]
     loaded, card = load_policy(f"{tmp_path}/run.v1{suffix}")
     assert same(policy, loaded) and card["training"] == {"updates": 50}
+    assert loaded.action_range == card["action_range"] == 30.0
     assert [row["progress"] for row in card["multipliers"]] == [i / 20 for i in range(21)]
     want = PolicyController(policy).decide({"progress": 0.5})["*"]
     assert {k: card["multipliers"][10][k] for k in want} == want
@@ -208,9 +244,15 @@ def test_well_formed_files_with_the_wrong_contents(tmp_path):
     for hidden in ("64", True, 0, -1, 10**9, None, 64.0):
         put(tensors(), hidden=hidden)
         refused(tmp_path / "p", "must be integers")
+    for action_range in (1, -2.0, 0.01, 1e7, 10**400, float("inf"), float("nan"), "100", None, True, [100.0]):
+        put(tensors(), action_range=action_range)
+        refused(tmp_path / "p", "action_range is")
+    put(tensors(), action_range=90.0)
+    refused(tmp_path / "p", "table of multipliers")
     put(tensors(), hidden=32)
     refused(tmp_path / "p", "other tensors")
-    for table in (None, 3, [3], [{"progress": 0.0}], [{"progress": 10**400, "lr": 1, "weight_decay": 1}]):
+    for table in (None, 3, [], [3] * 21, card["multipliers"][1:], [{"progress": 0.0}] * 21,
+                  [{"progress": 10**400, "lr": 1, "weight_decay": 1}] * 21):
         put(tensors(), multipliers=table)
         refused(tmp_path / "p", "table of multipliers")
     card_path.write_text("[" * 100000)

@@ -1,0 +1,87 @@
+"""Evaluate a trained model: bits per byte on both splits, and samples of text.
+
+    python -m scripts.base_eval --model-tag d6                          what scripts.base_train left in runs/d6
+    python -m scripts.base_eval --model-tag d6 --prompt "def main("     continue a text of your own
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from nanochat.checkpoint import check_tensors, load_model_weights
+from nanochat.common import UserError, init_compute, print0, read_json, run_main
+from nanochat.dataloader import DataLoader
+from nanochat.dataset import resolve_data
+from nanochat.engine import generate
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import bits_per_byte
+from nanochat.tokenizer import Tokenizer, tokenizer_folder
+from nanochat.tokens import TokenCache
+from scripts.runs import run_folder
+
+
+def main() -> None:
+    # -------------------------------------------------------------------------
+    # flags
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--model-tag", required=True, help="the run's folder under runs/")
+    flag("--data", help="default: what the run was trained on")
+    flag("--device-batch-size", type=int, default=16, help="rows at a time")
+    flag("--eval-tokens", type=int, default=262144, help="per split")
+    flag("--prompt", action="append", help="text to continue; may be given several times")
+    flag("--max-tokens", type=int, default=64, help="per sample")
+    flag("--temperature", type=float, default=1.0, help="0 = greedy")
+    flag("--top-k", type=int, default=50)
+    flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
+    flag("--seed", type=int, default=42)
+    args = parser.parse_args()
+    if args.temperature < 0 or min(args.device_batch_size, args.eval_tokens, args.max_tokens, args.top_k) < 1:
+        raise UserError("batch size, tokens and top-k must be at least 1, the temperature at least 0")
+
+    # -------------------------------------------------------------------------
+    # the model
+
+    compute = init_compute(args.device_type)
+    folder = run_folder(args.model_tag)
+    record = read_json(folder / "config.json", "the run's config")
+    tokenizer = Tokenizer.load(tokenizer_folder(record["flags"]["tokenizer"]))
+    if tokenizer.fingerprint != record["tokenizer"]:
+        raise UserError(f"tokenizer {record['flags']['tokenizer']!r} is not the one that {folder} was trained with; train it again as it was")
+    model = GPT(GPTConfig(**record["model"])).to(compute.device)
+    model.init_weights()
+    weights = load_model_weights(folder / "model.safetensors")
+    check_tensors(model.state_dict(), weights, str(folder / "model.safetensors"))
+    model.load_state_dict(weights)
+    model.eval()
+
+    # -------------------------------------------------------------------------
+    # bits per byte
+
+    T = model.config.sequence_len
+    cache = TokenCache.build(resolve_data(args.data or record["flags"]["data"]), tokenizer, compute)
+    token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=compute.device)
+    steps = max(1, args.eval_tokens // (args.device_batch_size * T * compute.world_size))
+    for split in ("train", "val"):
+        loader = DataLoader(cache, split, args.device_batch_size, T, compute.device, compute.rank, compute.world_size)
+        with compute.autocast():
+            bpb = bits_per_byte(model, (loader.get(i) for i in range(steps)), token_bytes, compute.world_size)
+        loader.close()
+        print0(f"{split} bpb {bpb:.4f} over {steps * args.device_batch_size * T * compute.world_size:,} tokens")
+
+    # -------------------------------------------------------------------------
+    # samples
+
+    if compute.is_main:
+        for i, prompt in enumerate(args.prompt or ["", "def ", "The "]):
+            tokens = tokenizer.encode(prompt, bos=True)[-(T - 1):]
+            with compute.autocast():
+                new = generate(model, tokens, args.max_tokens, args.temperature, args.top_k, seed=args.seed + i, stop=tokenizer.bos)
+            print0(f"sample: {prompt + tokenizer.decode(new)!r}")
+
+
+if __name__ == "__main__":
+    run_main(main)

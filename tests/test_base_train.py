@@ -1,0 +1,136 @@
+"""scripts.base_train from outside: the hook, exact resume, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from jel.controller import Controller
+from tests.conftest import run_script
+
+SMOKE = ("--preset", "smoke", "--eval-every", "4", "--device-type", "cpu")
+
+
+class Doubler(Controller):
+    """A controller of a user's own: it watches everything there is, and counts its decisions."""
+
+    observes = frozenset({"progress", "step", "train_loss", "probe_loss", "grad_norm"})
+
+    def __init__(self):
+        self.seen = []
+
+    def decide(self, observation):
+        self.seen.append(dict(observation))
+        return {"*": {"lr": 2.0 ** len(self.seen), "weight_decay": 1.0}, "lm_head": {"lr": 0.5}}
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = list(state["seen"])
+
+
+class Identity(Controller):
+    def decide(self, observation):
+        return {"*": {"lr": 1.0, "weight_decay": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def train(base, corpus):
+    def run(tag, *flags, **env):
+        return run_script(base, "scripts.base_train", *SMOKE, "--data", str(corpus), "--model-tag", tag, *flags, **env)
+    return run
+
+
+def weights(base, tag):
+    return safetensors.torch.load_file(base / "runs" / tag / "model.safetensors")
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_its_record(base, train):
+    done = train("plain")
+    assert done.returncode == 0, done.stderr
+    folder = base / "runs" / "plain"
+    config, result = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "result"))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert config["environment"]["torch"] == torch.__version__ and config["flags"]["num_iterations"] == 12
+    assert [r["step"] for r in log if "loss" in r] == list(range(12))
+    assert [r["step"] for r in log if "val_bpb" in r] == [0, 4, 8, 12] and log[-1]["val_bpb"] == result["val_bpb"]
+    assert log[-1]["val_bpb"] < log[0]["val_bpb"]
+    assert "sample:" in done.stdout and "step 00011/00012 | loss" in done.stdout
+
+
+def test_identity_and_none_give_the_same_bits(base, train):
+    assert train("none").returncode == 0
+    assert train("identity", "--controller", "tests.test_base_train:Identity").returncode == 0
+    assert_same(weights(base, "none"), weights(base, "identity"))
+    assert train("doubled", "--controller", "tests.test_base_train:Doubler").returncode == 0
+    assert not torch.equal(weights(base, "none")["lm_head.weight"], weights(base, "doubled")["lm_head.weight"])
+
+
+@pytest.mark.parametrize("method", [
+    (), ("--hparams", "uniform", "--controller", "jel"), ("--optimizer", "schedule-free"), ("--controller", "tests.test_base_train:Doubler")])
+def test_killed_and_resumed_is_undisturbed(base, train, method):
+    """Train 12 = train to a checkpoint, lose everything else, load it in a fresh process, train on."""
+    assert train("whole", *method, "--save-every", "5").returncode == 0
+    expected, log = weights(base, "whole"), (base / "runs" / "whole" / "log.jsonl").read_text()
+    folder = base / "runs" / "torn"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base / "runs" / "whole", folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000010")
+    for name in ("result.json", "model.safetensors"):
+        (folder / name).unlink()
+    again = train("torn", *method, "--save-every", "5", "--resume", "auto")
+    assert again.returncode == 0 and "resumed at step 5" in again.stdout, again.stdout + again.stderr
+    assert_same(weights(base, "torn"), expected)
+
+    def timeless(text):
+        return [{k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")} for line in text.splitlines()]
+    assert timeless((folder / "log.jsonl").read_text()) == timeless(log)
+    assert "already finished" in train("torn", *method, "--save-every", "5", "--resume", "auto").stdout
+
+
+def test_micro_batches_and_ranks_change_nothing(base, train):
+    assert train("whole-batch", "--device-batch-size", "4").returncode == 0
+    assert train("micro", "--device-batch-size", "1").returncode == 0
+    a, b = (json.loads((base / "runs" / t / "result.json").read_text()) for t in ("whole-batch", "micro"))
+    assert abs(a["train_loss"] - b["train_loss"]) < 1e-3
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--total-batch-size", "200"), ("does not divide", "nearest that does is 256")),
+    (("--decision-interval", "0"), ("--decision-interval is 0",)),
+    (("--no-such-flag", "1"), ("unrecognized arguments",)),
+    (("--controller", "jel", "--policy", "/nowhere/policy"), ("policy", "does not exist")),
+    (("--controller", "no.such.module:Thing"), ("no.such.module",)),
+    (("--controller", "json:JSONDecoder"), ("decide",)),
+    (("--data", "/nowhere"), ("/nowhere",)),
+    (("--tokenizer", "absent"), ("tokenizer", "tok_train")),
+    (("--window-pattern", "SXL"), ("SXL",)),
+    (("--model-tag", "../../escape"), ("escape",)),
+    (("--hparams", "uniform", "--base-lr", "1e30"), ("diverged",)),
+])
+def test_bad_input_is_one_clear_line(train, flags, words):
+    result = train("bad", *flags)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert all(word in result.stderr.strip().splitlines()[-1] for word in words), result.stderr
+
+
+def test_a_late_decision_interval_warns(train):
+    result = train("late", "--controller", "tests.test_base_train:Identity", "--decision-interval", "50")
+    assert result.returncode == 0 and "warning: a decision every 50 steps" in result.stdout
+
+
+def test_resume_with_other_flags_is_refused(base, train):
+    assert train("flagged").returncode == 0
+    before = (base / "runs" / "flagged" / "result.json").read_bytes()
+    result = train("flagged", "--resume", "auto", "--matrix-lr", "0.5")
+    assert result.returncode == 2 and "--matrix-lr 0.02 -> 0.5" in result.stderr
+    assert (base / "runs" / "flagged" / "result.json").read_bytes() == before
