@@ -14,6 +14,7 @@ group's base values by what it gets back (`jel.actions.apply_multipliers`) until
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ class NullController(Controller):
     observes = frozenset()
 
     def decide(self, observation: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        return {group: dict(factors) for group, factors in IDENTITY.items()}
+        return copy.deepcopy(IDENTITY)
 
 
 class PolicyController(Controller):
@@ -109,7 +110,7 @@ def load_controller(spec: str, policy: str | None = None) -> Controller | None:
         if not policy:
             raise JelError("controller schedule needs the path of an exported schedule as its policy")
         return ScheduleController(policy)
-    return _check_contract(_imported_class(spec), spec, policy)
+    return _make(_imported_class(spec), spec, policy)
 
 
 def _imported_class(spec: str) -> type:
@@ -127,7 +128,7 @@ def _imported_class(spec: str) -> type:
     return cls
 
 
-def _check_contract(cls: type, spec: str, policy: str | None) -> Controller:
+def _make(cls: type, spec: str, policy: str | None) -> Controller:
     for method in ("decide", "state_dict", "load_state_dict"):
         if not callable(getattr(cls, method, None)):
             raise JelError(f"controller {spec} has no method {method}(); see jel.controller.Controller")
@@ -139,7 +140,7 @@ def _check_contract(cls: type, spec: str, policy: str | None) -> Controller:
         raise JelError(f"controller {spec} cannot be made {given} ({e})") from None
     controller = cls(**arguments)
     observes = getattr(controller, "observes", None)
-    if isinstance(observes, str) or not isinstance(observes, (set, frozenset, tuple, list)):
+    if not isinstance(observes, (set, frozenset, tuple, list)):
         raise JelError(f"controller {spec}: observes must be a set of names, not {observes!r}")
     if unknown := set(observes) - OBSERVATIONS:
         raise JelError(f"controller {spec} observes unknown {sorted(map(str, unknown))}; "

@@ -10,6 +10,7 @@ from jel.errors import JelError
 
 
 def json_bytes(value) -> bytes:
+    """The contents of a JSON file meant to be read by people too."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
@@ -34,6 +35,7 @@ def write_files(contents: dict[Path, bytes]) -> None:
 
 
 def read_bytes(path: Path, what: str) -> bytes:
+    """The bytes of a file; raises `JelError`, which calls it `what`, if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -43,7 +45,7 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def read_json(path: Path, what: str):
-    """The value in a JSON file; raises `JelError` if it is missing or malformed."""
+    """The value in a JSON file; raises `JelError`, which calls it `what`, if it is missing or malformed."""
     try:
         return json.loads(read_bytes(path, what))
     except (ValueError, RecursionError) as e:

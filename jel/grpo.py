@@ -36,7 +36,7 @@ def discounted_returns(rewards: Tensor, gamma: float, alive: Tensor) -> Tensor:
     returns = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
     for k in reversed(range(rewards.shape[1])):
-        following = returns[:, k] = rewards[:, k] + gamma * following
+        returns[:, k] = following = rewards[:, k] + gamma * following
     return returns
 
 

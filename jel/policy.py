@@ -163,14 +163,13 @@ def policy_files(path: str | Path) -> tuple[Path, Path]:
     return Path(stem + ".safetensors"), Path(stem + ".json")
 
 
-def policy_bytes(policy: GaussianPolicy) -> bytes:
-    """The weights as the bytes of a safetensors file; the same bytes for the same weights and action range only."""
-    return safetensors.torch.save(policy.state_dict(), {"action_range": str(policy.action_range)})
-
-
 def policy_digest(policy: GaussianPolicy) -> str:
-    """The sha256 of `policy_bytes`: the name of this very policy."""
-    return hashlib.sha256(policy_bytes(policy)).hexdigest()
+    """The name of this very policy: the sha256 of the weights file, followed by the action range as text."""
+    return _digest(safetensors.torch.save(policy.state_dict()), policy.action_range)
+
+
+def _digest(weights: bytes, action_range: float) -> str:
+    return hashlib.sha256(weights + str(action_range).encode()).hexdigest()
 
 
 def save_policy(policy: GaussianPolicy, path: str | Path, card: dict) -> None:
@@ -183,7 +182,7 @@ def save_policy(policy: GaussianPolicy, path: str | Path, card: dict) -> None:
     whole = {"format": FORMAT, "version": VERSION, **{key: getattr(policy, key) for key in ARCHITECTURE},
              "sha256": policy_digest(policy), "multipliers": _card_table(policy), "training": card}
     weights_path, card_path = policy_files(path)
-    write_files({weights_path: policy_bytes(policy), card_path: json_bytes(whole)})
+    write_files({weights_path: safetensors.torch.save(policy.state_dict()), card_path: json_bytes(whole)})
 
 
 def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
@@ -195,12 +194,12 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
     data, card = read_bytes(weights_path, "policy"), read_json(card_path, "policy card")
     if not isinstance(card, dict) or (card.get("format"), card.get("version")) != (FORMAT, VERSION):
         raise JelError(f"policy card {card_path} is not a {FORMAT} card of version {VERSION}")
-    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
-        raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
     try:
         policy = GaussianPolicy(**{key: card.get(key) for key in ARCHITECTURE})
     except JelError as e:
         raise JelError(f"policy card {card_path}: {e}") from None
+    if _digest(data, policy.action_range) != card.get("sha256"):
+        raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
     try:
         tensors = safetensors.torch.load(data)
     except Exception as e:  # whatever a parser of foreign bytes may raise

@@ -44,8 +44,8 @@ def bounded_rewards(probe_losses: Tensor, actions: Tensor, grad_norms: Tensor | 
     """
     raw = rewards(probe_losses, actions, grad_norms, lambda_g, lambda_s)
     first = probe_losses[:, :1]
-    worst = -(first.abs() if nan_penalty is None else torch.full_like(first, nan_penalty))  # (E, 1)
-    ends = ~raw.isfinite() | (probe_losses[:, :-1] - probe_losses[:, 1:] < worst)  # (E, K)
+    penalty = first.abs() if nan_penalty is None else torch.full_like(first, nan_penalty)  # (E, 1)
+    ends = ~raw.isfinite() | (probe_losses.diff(dim=1) > penalty)  # (E, K)
     ended_before = ends.cumsum(dim=1) - ends.long() > 0
     alive = ~ended_before & first.isfinite()
-    return torch.where(alive, torch.where(ends, worst, raw), 0.0), alive
+    return torch.where(alive, torch.where(ends, -penalty, raw), 0.0), alive

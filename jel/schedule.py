@@ -55,7 +55,7 @@ def _checked(schedule: dict, what: str) -> dict:
     for i, decision in enumerate(decisions):
         factors = decision.get("multipliers")
         try:
-            validate_multipliers(factors, factors if isinstance(factors, Mapping) else ())
+            validate_multipliers(factors, factors)  # any group may be named: which ones the run has is not known here
         except JelError as e:
             raise JelError(f"{what}, decision {i}: {e}") from None
     return schedule
@@ -73,7 +73,7 @@ class ScheduleController(Controller):
         self.points = [d["progress"] for d in self.decisions]
 
     def decide(self, observation: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        held = self.decisions[max(0, bisect_right(self.points, observation["progress"]) - 1)]
+        held = self.decisions[bisect_right(self.points, observation["progress"]) - 1]
         return copy.deepcopy(held["multipliers"])
 
     def state_dict(self) -> dict:

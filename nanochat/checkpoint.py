@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -67,8 +68,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         self.close()
 
 
-def load_checkpoint(folder: Path, step: int | None = None) -> tuple[int, dict] | None:
-    """`(step, state)` of the newest whole checkpoint, tensors on the CPU; None if there is no checkpoint at all.
+def load_checkpoint(folder: Path, step: int | None = None, before: float = math.inf) -> tuple[int, dict] | None:
+    """`(step, state)` of the newest whole checkpoint of a step up to `before`, tensors on the CPU; None if there is none.
 
     Damaged ones are skipped, in one printed line. With several ranks, rank 0 chooses and the others ask for its `step`.
     Raises `UserError` if every checkpoint is damaged, or if the `step` asked for is missing or damaged.

@@ -207,6 +207,13 @@ class RunLog:
             self._file.write(json.dumps(record) + "\n")
             self._wandb.log(record)
 
+    def rewind(self, step: int) -> None:
+        """Drop the records from `step` on, but for events: the run has gone back there."""
+        if self.active:
+            self._file.close()
+            write_lines(self._path, [r for r in read_log(self.folder) if r["step"] < step or "event" in r])
+            self._file = open(self._path, "a", buffering=1)
+
     def finish(self, **result) -> None:
         if self.active:
             write_json(self.folder / "result.json", result)

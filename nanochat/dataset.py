@@ -255,7 +255,7 @@ def library_texts(library: Path) -> dict[str, str]:
     return texts
 
 
-def split_source(text: str, shortest: int = 2048, longest: int = 5120) -> list[str]:
+def split_source(text: str, shortest: int = 400, longest: int = 1200) -> list[str]:
     """Cut source into documents of `shortest` to `longest` characters (the last one up to `shortest` longer).
 
     They begin at a top-level statement where possible, else at a method, a paragraph or a line; joined they are

@@ -49,7 +49,7 @@ class ScheduleFreeMuon:
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers; collective when N > 1. Taken in train mode it resumes bit for bit."""
-        tensors = {f"{i}.{name}": t for i, p in enumerate(self.params) for name, t in self.free.state[p].items()}
+        tensors = {f"{i}.{key}": t.clone() for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}
         return {"muon": self.muon.state_dict(), "free": tensors, "counters": {k: self.free.param_groups[0][k] for k in _COUNTERS}}
 
     def load_state_dict(self, state: dict) -> None:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.loss_eval import bits_per_byte
+from nanochat.recovery import DivergenceGuard
 from nanochat.schedule import base_hparams, set_momentum
 from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
@@ -86,6 +88,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--eval-tokens", type=int, default=20 * 524288)
     flag("--sample-tokens", type=int, default=64, help="tokens of sample text at the end; 0 = none")
     flag("--save-every", type=int, default=100, help="steps between checkpoints; 0 = none")
+    flag("--max-recoveries", type=int, default=8, help="divergences to mend (skip a bad batch, or go back and cut the rates) before giving up; 0 = off")
     flag("--resume", choices=["none", "auto"], default="none", help="none, or auto: go on from the newest whole checkpoint of this run, if there is one")
     flag("--run", default="dummy", help="wandb run name; dummy = off")
     flag("--model-tag", default="", help="name of the run's folder; default d<depth>")
@@ -222,16 +225,13 @@ def main() -> int:
         """All that a run is, but for what its flags say; collective over ranks."""
         return {"flags": resumable_flags(args, MAY_CHANGE), "model": plain_model.state_dict(), "optimizer": optimizer.state_dict(),
                 "controller": controller.state_dict() if controller else {}, "multipliers": multipliers,
-                "smooth_loss": smooth_loss, "train_loss": train_loss, "seconds": seconds,
-                "decision_seconds": decision_seconds, "rng": rng_state(compute.device)}
+                "smooth_loss": smooth_loss, "train_loss": train_loss, "seconds": seconds, "decision_seconds": decision_seconds,
+                "guard": guard.state_dict(), "rng": rng_state(compute.device)}
 
-    start, smooth_loss, train_loss, seconds, decision_seconds, resumed = 0, 0.0, math.nan, 0.0, [], None
-    if args.resume == "auto":
-        resumed = load_checkpoint(folder / "checkpoints")
-    if resumed:
-        start, saved = resumed
+    def restore(saved: dict) -> None:
+        nonlocal multipliers, smooth_loss, train_loss, seconds, decision_seconds
         check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
-        check_tensors(plain_model.state_dict(), saved["model"], f"checkpoint of step {start}")
+        check_tensors(plain_model.state_dict(), saved["model"], f"checkpoint in {folder}")
         plain_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if controller:
@@ -239,25 +239,34 @@ def main() -> int:
         multipliers, smooth_loss, train_loss, seconds, decision_seconds = (
             saved[k] for k in ("multipliers", "smooth_loss", "train_loss", "seconds", "decision_seconds"))
         set_rng_state(saved["rng"], compute.device)
-        print0(f"resumed at step {start} from {folder / 'checkpoints'}")
-    writer = CheckpointWriter(folder / "checkpoints") if compute.is_main else None
 
     def save(step: int) -> None:
         everything = state()
         if writer:
             writer.save(step, everything)
 
+    step, smooth_loss, train_loss, seconds, decision_seconds = 0, math.nan, math.nan, 0.0, []
+    writer = CheckpointWriter(folder / "checkpoints") if compute.is_main else None
+    guard = DivergenceGuard(args.max_recoveries)
+    resumed = load_checkpoint_together(folder / "checkpoints", compute) if args.resume == "auto" else None
+    if resumed:
+        step, saved = resumed
+        restore(saved)
+        guard.load_state_dict(saved["guard"])
+        print0(f"resumed at step {step} from {folder / 'checkpoints'}")
+    elif args.save_every:
+        save(0)  # so that there is always something to go back to
+
     log = RunLog(folder, {"flags": vars(args), "model": vars(config), "parameters": n_params, "data": corpus_record(data),
                           "tokenizer": tokenizer.fingerprint, "num_iterations": num_iterations},
-                 compute, resume_step=start if resumed else None, wandb_name=args.run)
+                 compute, resume_step=step if resumed else None, wandb_name=args.run)
 
     # -------------------------------------------------------------------------
     # loop
 
     flops_per_step = plain_model.flops_per_token() * args.total_batch_size
-    watch = Stopwatch(num_iterations, done=start)
-    val_bpb = None
-    for step in range(start, num_iterations):
+    watch = Stopwatch(num_iterations, done=step)
+    while step < num_iterations:
         if args.eval_every and step % args.eval_every == 0:
             val_bpb = validate()
             print0(f"step {step:05d}/{num_iterations:05d} | val_bpb {val_bpb:.4f}")
@@ -272,41 +281,57 @@ def main() -> int:
             (loss / accumulation).backward()
             micro_loss = loss.detach() if micro_step == 0 else micro_loss + loss.detach()
 
+        train_loss = mean_over_ranks(micro_loss / accumulation, compute)
+        skip = step in guard.skipped
+        if not skip and guard.is_spike(train_loss):
+            with torch.no_grad(), compute.autocast():
+                next_loss = mean_over_ranks(model(*loader.get(step + 1)), compute)
+            if guard.is_spike(next_loss):  # the weights are damaged
+                line = guard.cut(step, train_loss, guard.limit(multipliers))
+                step, saved = older_checkpoint(folder, step, writer, compute)
+                restore(saved)
+                guard.rewind(saved["guard"])
+                log.rewind(step)
+                log.log(step=step, event=line)
+                print0(f"{line}; back to step {step}")
+                plain_model.zero_grad(set_to_none=True)
+                continue
+            line, skip = guard.skip(step, train_loss), True
+            log.log(step=step, event=line)
+            print0(line)
+
         t_hook = time.perf_counter()
         # ---- the hook: base schedule, controller, param groups ----
         base = base_hparams(groups, step, num_iterations, **schedule)
         if controller and step % args.decision_interval == 0:
             multipliers = controller.decide(observe())
             decision_seconds.append(time.perf_counter() - t_hook)
-        apply_multipliers(groups, base, multipliers)
+        apply_multipliers(groups, base, guard.limit(multipliers))
         # ---- end of the hook ----
 
         set_momentum(groups, step)
-        optimizer.step()
+        if not skip:
+            optimizer.step()
+            guard.accept(train_loss)
+            smooth_loss = train_loss if math.isnan(smooth_loss) else 0.9 * smooth_loss + 0.1 * train_loss
         plain_model.zero_grad(set_to_none=True)
-
-        train_loss = mean_over_ranks(micro_loss / accumulation, compute)
-        if not math.isfinite(train_loss):
-            raise UserError(f"the loss is {train_loss} at step {step}: the run diverged; lower the learning rates "
-                            f"(checkpoints up to here are in {folder / 'checkpoints'})")
         seconds_step = time.perf_counter() - t0
         seconds += seconds_step
-        smooth_loss = 0.9 * smooth_loss + 0.1 * train_loss
-        smooth = smooth_loss / (1 - 0.9 ** (step + 1))
-        shown = multipliers.get("*", {})
+        shown = guard.limit(multipliers).get("*", {})
         tokens_per_second = args.total_batch_size / seconds_step
-        print0(f"step {step:05d}/{num_iterations:05d} | loss {smooth:.4f} | lr x{shown.get('lr', 1.0):.3g} wd x{shown.get('weight_decay', 1.0):.3g} | "
+        print0(f"step {step:05d}/{num_iterations:05d} | loss {smooth_loss:.4f} | lr x{shown.get('lr', 1.0):.3g} wd x{shown.get('weight_decay', 1.0):.3g} | "
                f"dt {seconds_step * 1e3:.1f}ms | tok/s {tokens_per_second:,.0f} | tflops {flops_per_step / seconds_step / 1e12:.3g} | "
                f"left {format_seconds(watch.tick(step + 1))}")
-        log.log(step=step, loss=train_loss, smooth_loss=smooth, multipliers=multipliers, dt=seconds_step, tokens_per_second=tokens_per_second)
+        log.log(step=step, loss=train_loss, smooth_loss=smooth_loss, multipliers=guard.limit(multipliers), dt=seconds_step, tokens_per_second=tokens_per_second)
 
-        leaving = stop.requested()
-        if leaving or (args.save_every and (step + 1) % args.save_every == 0 and step + 1 < num_iterations):
-            save(step + 1)
+        step += 1
+        leaving = stop.requested() and step < num_iterations
+        if leaving or (args.save_every and step % args.save_every == 0 and step < num_iterations):
+            save(step)
         if leaving:
             if writer:
                 writer.close()
-            print0(f"stopped after step {step}; run the same command with --resume auto to go on")
+            print0(f"stopped after {step} steps; run the same command with --resume auto to go on")
             return REQUEUE_EXIT_CODE
 
     # -------------------------------------------------------------------------
@@ -325,7 +350,7 @@ def main() -> int:
             if args.sample_tokens:
                 tokens = generate(plain_model, [tokenizer.bos], args.sample_tokens, seed=derive_seed(args.seed, "sample") % 2**31)
                 print0(f"sample: {tokenizer.decode(tokens)!r}")
-    log.finish(val_bpb=val_bpb, train_loss=smooth_loss / (1 - 0.9 ** num_iterations), seconds=seconds, steps=num_iterations,
+    log.finish(val_bpb=val_bpb, train_loss=smooth_loss, seconds=seconds, steps=num_iterations,
                decisions=len(decision_seconds), controller_seconds=sum(decision_seconds),
                tokens=num_iterations * args.total_batch_size, flags=resumable_flags(args, MAY_CHANGE))
     print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(seconds)} of training; see {folder}")
@@ -341,6 +366,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.num_iterations < 1 and args.num_iterations != -1:
         raise UserError(f"--num-iterations is {args.num_iterations}; give a number of steps, or -1 to derive it")
+    if args.max_recoveries < 0:
+        raise UserError(f"--max-recoveries is {args.max_recoveries}; give 0 (off) or more")
     if args.head_dim % 2:
         raise UserError(f"--head-dim is {args.head_dim}; the rotary embedding needs an even number")
     if set(args.window_pattern) - {"S", "L"} or not args.window_pattern:
@@ -352,6 +379,28 @@ def check_batch(args: argparse.Namespace, tokens_per_micro_step: int) -> None:
         nearest = max(1, round(args.total_batch_size / tokens_per_micro_step)) * tokens_per_micro_step
         raise UserError(f"--total-batch-size {args.total_batch_size} does not divide into micro-batches of {tokens_per_micro_step} tokens "
                         f"(--device-batch-size x --max-seq-len x ranks); the nearest that does is {nearest}")
+
+
+def load_checkpoint_together(folder: Path, compute: Compute, before: float = math.inf) -> tuple[int, dict] | None:
+    """The newest whole checkpoint (of a step up to `before`), chosen by rank 0 and loaded by all."""
+    found = load_checkpoint(folder, before=before) if compute.is_main else None
+    if compute.world_size == 1:
+        return found
+    chosen = torch.tensor(found[0] if found else -1, device=compute.device)
+    torch.distributed.broadcast(chosen, 0)
+    if compute.is_main or chosen.item() < 0:
+        return found
+    return load_checkpoint(folder, step=int(chosen))
+
+
+def older_checkpoint(folder: Path, step: int, writer: CheckpointWriter | None, compute: Compute) -> tuple[int, dict]:
+    """The newest checkpoint that is old enough not to hold the damage that shows at `step`."""
+    if writer:
+        writer.wait()
+    found = load_checkpoint_together(folder / "checkpoints", compute, before=max(0, step - 5))  # damage shows within a few steps
+    if found is None:
+        raise UserError(f"the run diverged at step {step} and has no checkpoint to go back to; give --save-every, or lower the learning rates")
+    return found
 
 
 def mean_over_ranks(loss: torch.Tensor, compute: Compute) -> float:

@@ -34,13 +34,13 @@ CAPTIONS = {
 
 def results_record(evidence: Evidence) -> dict:
     """What `results.json` holds; what was not measured is null or empty, what diverged is null."""
-    methods = {method: {key: finite(evidence.results(method, key).values()) for key in ("val_bpb", "train_loss", "seconds")}
-               for method in evidence.methods() if method in evidence.runs}
+    of_a_run, of_a_row = ("val_bpb", "train_loss", "seconds"), ("lr", "wd", "warmup", "val_bpb", "seconds")
     sweep = evidence.sweeps.get("schedule_free", {"rows": []})["rows"]
     return {
         "preset": evidence.preset,
-        "methods": methods,
-        "schedule_free_sweep": [{key: row[key] for key in ("lr", "wd", "warmup", "val_bpb", "seconds")} for row in sweep],
+        "methods": {method: {key: finite(evidence.results(method, key).values()) for key in of_a_run}
+                    for method in evidence.methods() if method in evidence.runs},
+        "schedule_free_sweep": [{key: row[key] for key in of_a_row} for row in sweep],
         "meta": {"updates": len(evidence.updates), "episodes": evidence.meta_result.get("episodes"),
                  "entropy": finite(r["entropy"] for r in evidence.updates),
                  "return_mean": finite(r["return_mean"] for r in evidence.updates),
@@ -85,8 +85,8 @@ def report_text(evidence: Evidence, figures: set[str]) -> str:
 
     parts += ["## Table 1: four methods", tables.markdown(tables.table_1(evidence)),
               "Validation bits per byte (bpb) and smoothed training loss at the last step; less is better. Every "
-              "method's tuning budget stands beside it, equal or not, and its price under \"Costs\". A sweep chooses its "
-              "best setting by validation bpb; the policy never sees validation data.",
+              "method's tuning budget stands beside it, equal or not, and its price under \"Costs\". A sweep chooses "
+              "its best setting by validation bpb; the policy never sees validation data.",
               tables.markdown(tables.verdicts(evidence)),
               "JEL is \"better\" or \"worse\" if the paired difference (same seeds, same data order) over at least 3 "
               "seeds exceeds twice its standard error. Relative: difference of the means over the other method's mean; "
@@ -123,8 +123,10 @@ def scale_statement(evidence: Evidence) -> str:
 
 def not_measured(evidence: Evidence) -> list[str]:
     """What is missing, and the command that measures it."""
-    gaps = [f"{tables.label(method)}: no finished run (`scripts.base_train`)" for method in LABELS if method not in evidence.runs]
-    gaps += [f"{name}: unfinished, {steps} steps done (`scripts.base_train`)" for name, steps in evidence.unfinished.items()]
+    gaps = [f"{name}: no finished run (`scripts.base_train`)"
+            for method, name in LABELS.items() if method not in evidence.runs]
+    gaps += [f"{run}: unfinished, {steps} steps done (`scripts.base_train`)"
+             for run, steps in evidence.unfinished.items()]
     if "schedule_free" not in evidence.sweeps:
         gaps.append("the schedule-free sweep, Table 3 (`scripts.sweep`)")
     if not evidence.meta_result:
@@ -153,7 +155,7 @@ def write_report(evidence: Evidence, folder: Path) -> None:
             for suffix in ("png", "svg"):
                 (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     except OSError as e:
-        raise UserError(f"cannot write the report to {folder} ({e.strerror or e}); make room there and run this again") from None
+        raise UserError(f"cannot write the report to {folder} ({e.strerror or e}); make room, then try again") from None
 
 
 def main() -> None:

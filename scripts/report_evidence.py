@@ -93,7 +93,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_sweep(path: Path, settings: tuple[str, ...], runs_dir: Path) -> dict:
-    """A sweep's rows and best. A row that does not tell its tokens gets them from its run's folder, if that is there."""
+    """A sweep's rows and best. A row that does not tell its tokens gets them from its run's folder, if there is one."""
     sweep = checked(path, "rows", "best")
     for row in checked_rows(sweep["rows"], str(path), *settings, "val_bpb", "seconds"):
         result = runs_dir / str(row.get("tag")) / "result.json"

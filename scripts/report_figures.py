@@ -66,7 +66,8 @@ def validation_figure(curves: Mapping[str, Sequence[Mapping[int, float]]], label
     first = 0.6 * max(steps[-1] for steps, *_ in drawn.values())
     best = min(mean[-1] for _, mean, *_ in drawn.values())
     near = [drawn[method] for method in order if drawn[method][1][-1] <= 1.15 * best]
-    ends = [edge[i] for steps, _, *band in near for edge in band for i, step in enumerate(steps) if step >= first]
+    ends = [edge[i] for steps, _, *band in near for edge in band for i, step in enumerate(steps)
+            if step >= min(first, steps[-1])]
     room = 0.08 * (max(ends) - min(ends)) or 0.01 * best
     end.set(xlim=(first, 1.02 * first / 0.6), ylim=(min(ends) - room, max(ends) + room),
             title="the last 40%, methods within 15% of the best")
@@ -91,9 +92,10 @@ def multiplier_figure(progress: Sequence[float], lr: Sequence[Sequence[float]], 
         low, median, high = quartiles(values)
         axes.fill_between(progress, low, high, color=color, alpha=0.2, linewidth=0, label=spread)
         axes.plot(progress, median, color=color, marker="o", markersize=3.5, label="median of the updates")
-        axes.plot(progress, values[-1], color=INK, linestyle=(0, (4, 2)), linewidth=1.4, label=f"after update {len(lr)}")
+        axes.plot(progress, values[-1], color=INK, linestyle=(0, (4, 2)), linewidth=1.4,
+                  label=f"policy after update {len(lr)}")
         axes.axhline(1, color="#999999", linewidth=0.8, zorder=1)
-        axes.set(yscale="log", xlim=(0, 1), xlabel="progress t/T", title=f"{name.replace('_', ' ')} multiplier")
+        axes.set(yscale="log", xlim=(-0.015, 1), xlabel="progress t/T", title=f"{name.replace('_', ' ')} multiplier")
         axes.legend(loc="best")
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(min(low, 0.5), max(high, 2))  # a policy near 1 everywhere is to look like one

@@ -68,7 +68,7 @@ def test_embedded_is_a_corpus(embedded):
     chars, held_out = sum(map(len, documents(train))), sum(map(len, documents([val])))
     assert chars > 4e6 and 1 / 17 < held_out / (chars + held_out) < 1 / 10
     lengths = sorted(map(len, documents(train)))
-    assert 2048 <= lengths[len(lengths) // 10] and lengths[-1] < 8192
+    assert 400 <= lengths[len(lengths) // 10] and lengths[-1] < 1700
     record = corpus_record(embedded)
     assert record["python"] == sys.version.split()[0] and record["files"] > 200
     assert record["bytes"] == sum(len(text.encode()) for text in documents([*train, val]))

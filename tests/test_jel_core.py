@@ -133,7 +133,7 @@ def test_rewards_telescope_and_a_gradient_penalty_needs_norms():
         rewards(losses, actions, None, 0.1, 0.0)
 
 
-@pytest.mark.parametrize("blow_up", [NAN, INF, -INF, 1e30])
+@pytest.mark.parametrize("blow_up", [NAN, INF, -INF, 1e30, 12.0])
 @pytest.mark.parametrize("penalty", [None, 2.0])
 def test_a_blow_up_ends_the_episode_with_a_bounded_reward(blow_up, penalty):
     losses, actions, norms = random_episodes()

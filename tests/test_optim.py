@@ -35,7 +35,8 @@ def test_adamw_equals_torch(weight_decay):
     for step in range(1, 8):
         twin.grad = randn(7, 3, seed=step)
         reference.step()
-        adamw_update(p, twin.grad, exp_avg, exp_avg_sq, 0.01, weight_decay, 0.8, 0.95, 1e-10, 1 - 0.8**step, 1 - 0.95**step)
+        bias = 1 - 0.8**step, 1 - 0.95**step
+        adamw_update(p, twin.grad, exp_avg, exp_avg_sq, 0.01, weight_decay, 0.8, 0.95, 1e-10, *bias)
         torch.testing.assert_close(p, twin.data, rtol=0, atol=1e-12)
 
 
@@ -160,9 +161,9 @@ def test_state_dict_is_a_copy():
     optimizer = make()
     train(optimizer, 0)
     state = optimizer.state_dict()
-    before = copy.deepcopy(state)
+    before = state["matrices"]["momentum_buffer"].clone()
     train(optimizer, 1)
-    assert state["tables"]["step"] == 1 and torch.equal(state["matrices"]["momentum_buffer"], before["matrices"]["momentum_buffer"])
+    assert state["tables"]["step"] == 1 and torch.equal(state["matrices"]["momentum_buffer"], before)
 
 
 def test_reset_is_as_new():
@@ -171,7 +172,8 @@ def test_reset_is_as_new():
     used.reset()
     for p, q in zip(params_of(used), params_of(new)):
         p.data.copy_(q)
-    train(used, 5, 6), train(new, 5, 6)
+    train(used, 5, 6)
+    train(new, 5, 6)
     assert_same(used, new)
 
 
@@ -190,11 +192,14 @@ def test_closure_is_called_once_with_gradients_enabled():
     assert calls == [True] and not any(torch.equal(b, p) for b, p in zip(before, params_of(optimizer)))
 
 
-@pytest.mark.parametrize("lr, wd", [([0.01, 0.05, 0.2], [0.0, 0.1, 2.0]), ([0.01, 0.05, 0.2], 0.1), (0.05, [0.0, 0.1, 2.0])])
+RATES, DECAYS = [0.01, 0.05, 0.2], [0.0, 0.1, 2.0]
+
+
+@pytest.mark.parametrize("lr, wd", [(RATES, DECAYS), (RATES, [0.1] * 3), (RATES, 0.1), (0.05, DECAYS), (0.05, 0.1)])
 def test_rates_per_run_equal_single_runs(lr, wd):
-    """R runs in one optimizer with (R,) rates = R optimizers of one run with floats; a 0-D tensor = a float."""
-    of = lambda value, r: value[r] if isinstance(value, list) else torch.tensor(value, dtype=F64)
-    singles = [make(seed=10 * r, lr=of(lr, r), weight_decay=of(wd, r)) for r in range(3)]
+    """R runs in one optimizer, each rate a tensor (R,) or 0-D, = R optimizers of one run with floats."""
+    lrs, wds = (value if isinstance(value, list) else [value] * 3 for value in (lr, wd))
+    singles = [make(seed=10 * r, lr=lrs[r], weight_decay=wds[r]) for r in range(3)]
     groups = copy.deepcopy(make().param_groups)
     for i, group in enumerate(groups):
         group["params"] = [nn.Parameter(torch.stack(ps)) for ps in zip(*(s.param_groups[i]["params"] for s in singles))]
@@ -208,6 +213,21 @@ def test_rates_per_run_equal_single_runs(lr, wd):
         together.step()
     for p, alone in zip(params_of(together), zip(*map(params_of, singles))):
         torch.testing.assert_close(p.data, torch.stack(alone).data, rtol=0, atol=1e-12)
+
+
+def test_bf16_weights_have_fp32_moments_and_rates():
+    """Two runs of a bf16 weight with a tensor of rates = each with its rate as a float; bf16 would be 0.4% off."""
+    rates, weight, grad = [0.3017, 0.1003], randn(2, 1000).bfloat16(), randn(2, 1000, seed=1).bfloat16()
+    adamw = {"name": "w", "kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    moved = []
+    for lr, part in [(torch.tensor(rates), slice(None)), (rates[0], slice(1)), (rates[1], slice(1, 2))]:
+        p = nn.Parameter(weight[part].clone())
+        optimizer = MuonAdamW([{"params": [p], "lr": lr, **adamw}])
+        p.grad = grad[part].clone()
+        optimizer.step()
+        assert optimizer.state_dict()["w"]["exp_avg.0"].dtype == torch.float32
+        moved.append(p.detach())
+    assert (moved[0] == torch.cat(moved[1:])).float().mean() > 0.999
 
 
 def test_parameters_stay_views_of_one_stack():
@@ -233,7 +253,8 @@ def test_groups_are_those_of_the_design(depth):
     muon = {"kind": "muon", "lr": 0.02, "weight_decay": 0.2, "beta2": 0.95}
     adamw = {"kind": "adamw", "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": 1e-10}
     want = {"lm_head": (1, {**adamw, "lr": 0.004 * scale}), "wte": (1, {**adamw, "lr": 0.3 * scale}),
-            "value_embeds": (depth // 2, {**adamw, "lr": 0.3 * scale}), "resid_lambdas": (1, {**adamw, "lr": 0.005}),
+            "value_embeds": (depth // 2, {**adamw, "lr": 0.3 * scale}),
+            "resid_lambdas": (1, {**adamw, "lr": 0.005}),
             "x0_lambdas": (1, {**adamw, "lr": 0.5, "betas": (0.96, 0.95)}),
             f"muon_{heads}x32": (depth // 2, muon), f"muon_{width}x{width}": (4 * depth, muon),
             f"muon_{4 * width}x{width}": (depth, muon), f"muon_{width}x{4 * width}": (depth, muon)}
@@ -241,10 +262,10 @@ def test_groups_are_those_of_the_design(depth):
     assert found.keys() == want.keys() and (depth != 12 or scale == 1.0)
     for name, (tensors, hyper) in want.items():
         assert len(found[name]["params"]) == tensors, name
-        assert {k: found[name][k] for k in hyper} == pytest.approx(hyper) if "betas" not in hyper else True
         for key, value in hyper.items():
             assert found[name][key] == (pytest.approx(value) if isinstance(value, float) else value), (name, key)
-        assert (found[name]["initial_lr"], found[name]["initial_wd"]) == (found[name]["lr"], found[name]["weight_decay"])
+        initial = found[name]["initial_lr"], found[name]["initial_wd"]
+        assert initial == (found[name]["lr"], found[name]["weight_decay"])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -258,7 +279,8 @@ def test_groups_that_cannot_be(change, message):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda s: s.pop("tables"), lambda s: s["tables"].pop("exp_avg.1"), lambda s: s["matrices"].update(extra=torch.zeros(1)),
+    lambda s: s.pop("tables"), lambda s: s["tables"].pop("exp_avg.1"),
+    lambda s: s["matrices"].update(extra=torch.zeros(1)),
     lambda s: s["tables"].update({"exp_avg.0": torch.zeros(8, 4)}),
     lambda s: s["matrices"].update(momentum_buffer=torch.zeros(1, 6, 4)),    # of a model with fewer layers
     lambda s: s["matrices"].update(momentum_buffer=torch.zeros(3, 6, 4))])

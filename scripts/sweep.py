@@ -1,0 +1,195 @@
+"""Run many base_train runs, several side by side. Started again it skips what is done and resumes what is not.
+
+    python -m scripts.sweep --what schedule-free                    the 8 settings of the paper's Table 3
+    python -m scripts.sweep --preset tiny --what hand-tuned         open tuning of the upper bound, 8 settings too
+    python -m scripts.sweep --what methods --seeds 42 43 44         the 4 methods of Table 1, each with every seed
+
+Each run has its folder $NANOCHAT_BASE_DIR/runs/<preset>/<name>/, with what it printed in output.txt. A sweep over
+settings uses the first seed and writes runs/<preset>/sweep_<what>.json: {"rows": [...], "best": index, "runs": 8}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from jel.controller import load_controller
+from jel.errors import JelError
+from nanochat.common import UserError, base_dir, print0, read_json, run_main, write_json
+from nanochat.dataset import resolve_data
+from nanochat.interrupt import REQUEUE_EXIT_CODE
+from nanochat.tokenizer import Tokenizer, tokenizer_folder
+from nanochat.tokens import TokenCache
+from scripts import base_train
+from scripts.presets import add_preset_flag, parse_with_preset
+from scripts.sweep_runs import Job, Places, alone, describe, row_of, run_jobs
+
+# -----------------------------------------------------------------------------
+# settings
+
+# Table 3 of the paper, in its order: schedule-free rate, weight decay, warm-up in steps of a run of PAPER_STEPS.
+PAPER_STEPS = 561
+SCHEDULE_FREE = [(0.5, 0.00, 0), (0.5, 0.01, 0), (1.0, 0.00, 0), (1.0, 0.01, 0),
+                 (2.0, 0.00, 0), (2.0, 0.01, 0), (1.0, 0.01, 100), (1.0, 0.01, 300)]
+
+# The upper bound at tiny: these rates x a scale, and the weight decay (base_train multiplies it by (12 / depth)^2).
+# Where they come from: 17 single runs at tiny (seed 42), which are part of this baseline's budget. The paper's rates reach
+# 2.065 bpb at best; with a smaller embedding and scalar rate, a larger unembedding rate and a smaller decay:
+#     matrix  embedding  unembedding  scalar   decay 0.2   0.05   0.02   0.005      0
+#       0.04       0.03        0.016     0.1       2.089      -  2.025   2.018  2.018
+#       0.02      0.015        0.008    0.05           -      -      -   2.073      -
+#       0.06      0.045        0.024    0.15           -      -      -   2.024      -
+#       0.06       0.06        0.016     0.1           -      -      -   2.010      -
+#       0.06      0.015        0.016     0.1           -      -      -   2.024      -
+#       0.08       0.06        0.016     0.1           -      -  2.023       -      -
+#       0.08        0.1        0.016     0.1           -  2.035      -       -      -
+#       0.04        0.1        0.032     0.1           -  2.075      -       -      -
+#       0.04        0.1        0.008     0.1           -      -  2.041       -      -
+HAND_TUNED_RATES = {"--matrix-lr": 0.06, "--embedding-lr": 0.06, "--unembedding-lr": 0.016, "--scalar-lr": 0.1}
+HAND_TUNED = [(1.0, 0.005), (1.0, 0.0), (1.0, 0.02), (1.0, 0.1),    # lr scale, weight decay: a cross about the best
+              (0.5, 0.005), (0.7, 0.005), (1.4, 0.005), (2.0, 0.005)]
+
+FINAL_ONLY = ["--eval-every", "0", "--sample-tokens", "0"]  # a setting is judged by its end; the methods' curves are drawn
+
+
+def plan(what: str, preset: str, seeds: list[int], steps: int, policy: str | None = None,
+         best: dict[str, list[str]] | None = None, common: Sequence[str] = ()) -> list[Job]:
+    """The runs of a sweep: `steps` long, with the flags `common`. `what` is schedule-free, hand-tuned or methods.
+
+    For methods, `policy` is the controller's (None: the shipped one), and `best` holds the flags that won the sweeps of
+    `hand_tuned` and `schedule_free`.
+    """
+    def job(name: str, seed: int, setting: dict, *flags) -> Job:
+        return Job(f"{preset}/{name}", setting, [str(f) for f in flags], ["--preset", preset, "--seed", str(seed), *common])
+
+    if what == "schedule-free":
+        rows = [(lr, wd, round(warmup * steps / PAPER_STEPS)) for lr, wd, warmup in SCHEDULE_FREE]
+        return [job(f"sf-{i}", seeds[0], {"lr": lr, "wd": wd, "warmup": warmup}, "--optimizer", "schedule-free",
+                    "--sf-lr", lr, "--sf-wd", wd, "--sf-warmup", warmup) for i, (lr, wd, warmup) in enumerate(rows)]
+    if what == "hand-tuned":
+        return [job(f"ht-{i}", seeds[0], {"lr_scale": scale, "weight_decay": wd}, "--weight-decay", wd,
+                    *(word for flag, rate in HAND_TUNED_RATES.items() for word in (flag, f"{rate * scale:g}")))
+                for i, (scale, wd) in enumerate(HAND_TUNED)]
+    methods = {"hand_tuned": best["hand_tuned"],
+               "jel": ["--hparams", "uniform", "--controller", "jel", *(["--policy", policy] if policy else [])],
+               "schedule_free": best["schedule_free"],
+               "suboptimal": ["--hparams", "uniform"]}
+    return [job(f"{name}-s{seed}", seed, {}, *flags) for seed in seeds for name, flags in methods.items()]
+
+
+# -----------------------------------------------------------------------------
+# flags
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    add_preset_flag(parser)
+    flag("--what", choices=["schedule-free", "hand-tuned", "methods"], required=True)
+    flag("--seeds", type=int, nargs="+", default=[42, 43, 44], help="the methods' seeds; a sweep over settings uses the first")
+    flag("--jobs", type=int, default=-1, help="runs side by side; -1 = as many as the cores or GPUs have room for")
+    flag("--nproc", type=int, default=-1, help="processes of a run; -1 = 1 on a CPU, else the most GPUs that its batch divides by")
+    flag("--policy", help="methods: the controller's policy; default: what meta_train left in runs/<preset>/meta, else the shipped one")
+    flag("--data", help="as in base_train; default: the preset's")
+    return parser
+
+
+def main() -> int:
+    args = parse_with_preset(flags(), "sweep")
+    folder = base_dir() / "runs" / args.preset
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice; give each once")
+    if args.what == "hand-tuned" and args.preset == "paper":
+        raise UserError("--what hand-tuned is for tiny and smoke; at paper base_train's defaults are the paper's upper bound")
+    if args.policy and args.what != "methods":
+        raise UserError(f"--policy is for --what methods; --what {args.what} runs no controller")
+
+    # -------------------------------------------------------------------------
+    # what is to be run
+
+    common = ["--data", args.data] if args.data else []
+    every_run = parse_with_preset(base_train.flags(), "base_train", ["--preset", args.preset, *common])
+    steps = every_run.num_iterations if every_run.num_iterations > 0 else PAPER_STEPS  # only paper derives it: 561 (paper 4.1)
+    policy, best = None, None
+    if args.what == "schedule-free":
+        print0(f"warm-ups: Table 3's are of {PAPER_STEPS} steps; scaled by {steps}/{PAPER_STEPS} and rounded")
+    elif args.what == "methods":
+        best = {"schedule_free": best_flags(folder, "schedule_free"), "hand_tuned": []}
+        if (folder / "sweep_hand_tuned.json").exists():
+            best["hand_tuned"] = best_flags(folder, "hand_tuned")
+        print0(f"hand_tuned: {' '.join(best['hand_tuned']) or 'base_train defaults'}\nschedule_free: {' '.join(best['schedule_free'])}")
+        policy = find_policy(args.policy, folder)
+    jobs = plan(args.what, args.preset, args.seeds, steps, policy, best, common)
+
+    # -------------------------------------------------------------------------
+    # run them
+
+    with alone(folder / f".sweep_{args.what}.lock") as lock:
+        rows = {job.tag: row for job in jobs if (row := row_of(job))}
+        if len(rows) < len(jobs):
+            # Here rather than in the first runs, so that its progress and its errors are seen.
+            TokenCache.build(resolve_data(every_run.data), Tokenizer.load(tokenizer_folder(every_run.tokenizer)))
+        places = find_places(args, every_run, len(jobs))
+        print0(f"{args.what}: {len(jobs)} runs, {len(rows)} done already; {places.jobs} side by side, "
+               + (f"{places.nproc} of {len(places.gpus)} GPU(s) each" if places.gpus else f"{places.nproc} process(es) of one thread each"))
+        if not run_jobs(jobs, rows, steps, places, lock):
+            print0(f"stopped with {len(rows)} of {len(jobs)} runs done; run the same command again to go on")
+            return REQUEUE_EXIT_CODE
+
+        if args.what != "methods":
+            in_order = [rows[job.tag] for job in jobs]
+            scored = [i for i, row in enumerate(in_order) if row["val_bpb"] is not None]
+            winner = min(scored, key=lambda i: in_order[i]["val_bpb"], default=None)
+            path = folder / f"sweep_{args.what.replace('-', '_')}.json"
+            write_json(path, {"rows": in_order, "best": winner, "runs": len(jobs)})
+            print0(f"best: {'none, every setting diverged' if winner is None else describe(jobs[winner], in_order[winner])}; written to {path}")
+    return 0
+
+
+def best_flags(folder: Path, method: str) -> list[str]:
+    """The flags that won the method's sweep. Raises `UserError` if there is no winner."""
+    path, again = folder / f"sweep_{method}.json", f"python -m scripts.sweep --preset {folder.name} --what {method.replace('_', '-')}"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; first run: {again}")
+    try:
+        sweep = read_json(path, "sweep")
+        if sweep["best"] is None:
+            raise UserError(f"{path} has no best setting, because all of them diverged; edit the settings in scripts/sweep.py")
+        return [str(word) for word in sweep["rows"][sweep["best"]]["flags"]]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{path} is not what a sweep writes; delete it and run: {again}") from None
+
+
+def find_policy(given: str | None, folder: Path) -> str | None:
+    """The controller's policy, checked before anything runs; None for the shipped one."""
+    trained = folder / "meta" / "policy.safetensors"
+    policy = given or (str(trained) if trained.exists() else None)
+    policy = policy and os.path.abspath(policy)
+    load_controller("jel", policy)
+    print0(f"jel: policy {policy or f'shipped with the package ({trained} does not exist)'}")
+    return policy
+
+
+def find_places(args: argparse.Namespace, every_run: argparse.Namespace, most: int) -> Places:
+    """How many runs side by side, and on what. Raises `UserError` for what the machine does not have."""
+    gpus = []
+    if torch.cuda.is_available():
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    for name in ("jobs", "nproc"):
+        if getattr(args, name) < 1 and getattr(args, name) != -1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1, or -1 to choose it here")
+    if gpus and args.nproc > len(gpus):
+        raise UserError(f"--nproc {args.nproc}, but there are {len(gpus)} GPUs; give at most that many")
+    micro_batch = every_run.device_batch_size * every_run.max_seq_len
+    fitting = [n for n in range(1, len(gpus) + 1) if every_run.total_batch_size % (micro_batch * n) == 0]
+    nproc = args.nproc if args.nproc > 0 else max(fitting, default=1)
+    room = max(1, (len(gpus) or os.cpu_count()) // nproc)
+    return Places(min(args.jobs if args.jobs > 0 else room, most), nproc, gpus)
+
+
+if __name__ == "__main__":
+    run_main(main, JelError)

@@ -1,0 +1,175 @@
+"""Two ranks = one rank: training, state dicts across world sizes, evaluation, stopping. Two gloo processes, float64.
+
+Both ranks compute the one-rank reference beside their own part and compare, so nothing need travel back.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat.common import Compute
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.interrupt import StopRequest
+from nanochat.loss_eval import bits_per_byte
+from nanochat.schedule_free import ScheduleFreeMuon
+
+T, V, CPU = 8, 70, torch.device("cpu")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def make_model(n_layer: int = 3, runs: int | None = None) -> GPT:
+    """No weight is zero, and 128 padded rows: large enough that AdamW's tables are split over the ranks."""
+    g = torch.Generator().manual_seed(0)
+    config = GPTConfig(sequence_len=T, vocab_size=V, n_layer=n_layer, n_head=4, n_kv_head=2, n_embd=64)
+    model = GPT(config, runs).double()
+    model.init_weights(g)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=g), alpha=0.1)
+    return model
+
+
+def make(kind: str, n_layer: int, rank: int, world_size: int):
+    model = make_model(n_layer)
+    optimizer = model.setup_optimizer(weight_decay=0.2, rank=rank, world_size=world_size)
+    if kind == "schedule-free":
+        optimizer = ScheduleFreeMuon(optimizer.param_groups, 0.05, 0.01, 2, rank=rank, world_size=world_size)
+    return model, optimizer
+
+
+def batch(*shape, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(V, shape, generator=g), torch.randint(V, shape, generator=g)
+
+
+def train(model, optimizer, steps, rows=slice(None)):
+    for step in steps:
+        idx, targets = batch(4, T, seed=step)
+        model(idx[rows], targets[rows]).backward()
+        optimizer.step()
+        model.zero_grad()
+
+
+def assert_equal(found, wanted):
+    """Nested dicts of tensors and numbers, to 1e-10."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+# -----------------------------------------------------------------------------
+# what both ranks check
+
+def check_training(rank: int, kind: str, n_layer: int) -> None:
+    """Half the batch on each rank is the whole batch on one; either state continues at either world size."""
+    whole, half = slice(None), slice(2 * rank, 2 * rank + 2)
+    alone, paired = make(kind, n_layer, 0, 1), make(kind, n_layer, rank, 2)
+    train(*alone, range(3), whole)
+    train(*paired, range(3), half)
+    assert_equal(paired[0].state_dict(), alone[0].state_dict())
+    states = [{"model": {k: t.clone() for k, t in m.state_dict().items()}, "optimizer": o.state_dict()}
+              for m, o in (alone, paired)]
+    assert_equal(*states)
+
+    from_pair, from_alone = make(kind, n_layer, 0, 1), make(kind, n_layer, rank, 2)
+    for (model, optimizer), state in zip((from_alone, from_pair), states):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for run, rows in ((alone, whole), (paired, half), (from_pair, whole), (from_alone, half)):
+        train(*run, range(3, 5), rows)
+        assert_equal(run[0].state_dict(), alone[0].state_dict())
+
+
+def check_evaluation(rank: int) -> None:
+    """The ranks share the batches unevenly: 2 and 1."""
+    model, bytes_of, batches = make_model(), (torch.arange(V) + 1) % 5, [batch(4, T, seed=i) for i in range(3)]
+    paired = bits_per_byte(model, batches[rank::2], bytes_of, world_size=2)
+    alone = bits_per_byte(model, batches, bytes_of)
+    assert_equal(paired, alone)
+
+
+def check_stop(rank: int) -> None:
+    """A signal that only one rank sees stops both after the same step."""
+    stop = StopRequest(Compute(rank, 2, CPU))
+    assert not stop.requested()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.requested()
+
+
+def two_ranks(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+                            timeout=datetime.timedelta(seconds=60))
+    check_training(rank, "muon-adamw", n_layer=3)     # stacks of 2, 3 and 6
+    check_training(rank, "muon-adamw", n_layer=2)     # one gate only: the second rank owns nothing but padding
+    check_training(rank, "schedule-free", n_layer=3)
+    check_evaluation(rank)
+    check_stop(rank)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one(tmp_path):
+    mp.spawn(two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+# -----------------------------------------------------------------------------
+# their one-rank meaning
+
+def slow_bits_per_byte(model, batches, token_bytes):
+    """Token by token: nats of every target that has bytes, over ln 2 times those bytes."""
+    nats = total = 0.0
+    for idx, targets in batches:
+        log_p = model(idx).log_softmax(-1)
+        for b in range(idx.size(0)):
+            for t in range(idx.size(1)):
+                target = int(targets[b, t])
+                if target >= 0 and token_bytes[target] > 0:
+                    nats -= log_p[b, t, target].item()
+                    total += int(token_bytes[target])
+    return nats / (math.log(2) * total)
+
+
+def test_bits_per_byte_equals_its_slow_twin():
+    model, token_bytes, batches = make_model(), (torch.arange(V) + 1) % 5, [batch(3, T, seed=i) for i in range(2)]
+    batches[0][1][0, :3] = -1
+    found = bits_per_byte(model, batches, token_bytes)
+    assert found == pytest.approx(slow_bits_per_byte(model, batches, token_bytes), rel=1e-10)
+
+
+def test_bits_per_byte_of_runs_is_one_value_a_run():
+    together, alone, token_bytes = make_model(runs=2), make_model(), (torch.arange(V) + 1) % 5
+    batches = [batch(3, T, seed=0)]
+    with torch.no_grad():
+        for name, p in together.named_parameters():
+            p[1] = alone.get_parameter(name)
+    found = bits_per_byte(together, batches, token_bytes)
+    assert len(found) == 2 and found[0] != found[1]
+    assert found[1] == pytest.approx(bits_per_byte(alone, batches, token_bytes), rel=1e-10)
+
+
+def test_bits_per_byte_without_bytes():
+    with pytest.raises(ValueError, match="special tokens only"):
+        bits_per_byte(make_model(), [batch(1, T, seed=0)], torch.zeros(V, dtype=torch.long))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_signal_asks_and_a_second_one_insists(number, monkeypatch):
+    exits, before = [], [signal.getsignal(s) for s in SIGNALS]
+    monkeypatch.setattr(os, "_exit", exits.append)
+    try:
+        stop = StopRequest(Compute(0, 1, CPU))
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested() and not exits
+        os.kill(os.getpid(), number)
+        assert exits == [128 + number]
+    finally:
+        for s, handler in zip(SIGNALS, before):
+            signal.signal(s, handler)

@@ -1,0 +1,114 @@
+"""The report's arithmetic against slow twins, its verdicts' properties, its tables and what its figures draw."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from scripts.report_figures import meta_training_figure, multiplier_figure, validation_figure
+from scripts.report_statistics import compare, mean_curve, quartiles, ratio, summarize, total, verdict
+from scripts.report_tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3, markdown, number, plain
+
+values = st.floats(0.5, 5)
+by_seed = st.dictionaries(st.integers(0, 6), values, min_size=2, max_size=7)
+
+
+@given(st.lists(values, min_size=2, max_size=8))
+def test_summary_is_that_of_the_statistics_module(x):
+    s = summarize(x)
+    assert s.n == len(x)
+    assert s.mean == pytest.approx(statistics.mean(x)) and s.std == pytest.approx(statistics.stdev(x), abs=1e-12)
+
+
+@given(by_seed, by_seed)
+def test_comparison_against_its_slow_twin(ours, theirs):
+    c = compare(ours, theirs)
+    pairs = [(ours[s], theirs[s]) for s in range(7) if s in ours and s in theirs]
+    assert c.n == len(pairs)
+    if len(pairs) >= 2:
+        differences = [a - b for a, b in pairs]
+        assert c.difference == pytest.approx(statistics.mean(differences), abs=1e-12)
+        assert c.standard_error == pytest.approx(statistics.stdev(differences) / len(pairs) ** 0.5, abs=1e-12)
+        assert c.relative == pytest.approx(sum(a for a, _ in pairs) / sum(b for _, b in pairs) - 1)
+
+
+@given(by_seed, by_seed)
+def test_swapping_the_methods_swaps_the_verdict(ours, theirs):
+    swapped = {"better": "worse", "worse": "better"}
+    a, b = compare(ours, theirs), compare(theirs, ours)
+    assert b.verdict == swapped.get(a.verdict, a.verdict)
+    assert a.n == 0 or b.difference == -a.difference
+
+
+@given(by_seed)
+def test_a_method_does_not_differ_from_itself(x):
+    assert compare(x, x).verdict == ("no difference shown" if len(x) >= 3 else "too few seeds")
+
+
+def test_verdict_needs_seeds_and_more_than_two_standard_errors():
+    assert verdict(-0.2, 0.1, 3) == "no difference shown" and verdict(-0.2001, 0.1, 3) == "better"
+    assert verdict(0.2001, 0.1, 3) == "worse" and verdict(-9.0, 0.1, 2) == "too few seeds"
+    assert verdict(None, None, 0) == ABSENT and verdict(math.nan, math.nan, 3) == "diverged"
+
+
+def test_pairing_removes_what_the_seeds_share():
+    base = {s: 1.0 + s for s in range(4)}  # seeds differ by far more than the methods do
+    assert compare({s: v - 0.01 - 0.001 * (s % 2) for s, v in base.items()}, base).verdict == "better"
+
+
+def test_paper_figures_give_the_papers_percentages():
+    jel = PAPER_TABLE_1["jel"][0]
+    relative = {m: round(100 * (jel / bpb - 1), 1) for m, (bpb, _) in PAPER_TABLE_1.items()}
+    assert relative == {"schedule_free": -2.5, "jel": 0, "hand_tuned": 8.4, "suboptimal": -19.3}
+    assert min(row[3] for row in PAPER_TABLE_3) == PAPER_TABLE_1["schedule_free"][0]
+
+
+def test_bands():
+    steps, mean, low, high = mean_curve([{0: 3.0, 5: 2.0, 9: 1.0}, {0: 5.0, 9: 3.0}])
+    assert (steps, mean.tolist(), low.tolist(), high.tolist()) == ([0, 9], [4.0, 2.0], [3.0, 1.0], [5.0, 3.0])
+    x = np.random.default_rng(0).random((9, 2))
+    want = [[statistics.quantiles(column, n=4, method="inclusive")[i] for column in x.T] for i in range(3)]
+    np.testing.assert_allclose(quartiles(x), want)
+
+
+def test_ratio_and_total_of_what_was_not_measured():
+    assert ratio(None, 2.0) is ratio(2.0, None) is ratio(2.0, 0) is total([]) is total([1.0, None]) is None
+    assert ratio(3.0, 2.0) == 1.5 and total([1, 2]) == 3
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.text("ab|\n", max_size=4), min_size=3, max_size=3), max_size=4))
+def test_tables_keep_their_shape(rows):
+    lines = markdown((["one", "two", "three"], rows)).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert all(line.replace(r"\|", "").count("|") == 4 for line in lines)
+
+
+def test_plain_table():
+    table = ["what", "n"], [["a", "10"], ["bcdef", "-3"]]
+    assert plain(table).splitlines() == ["what    n", "-----  --", "a      10", "bcdef  -3"]
+
+
+def test_numbers():
+    assert [number(x) for x in (None, math.nan, math.inf, 1.23456)] == [ABSENT, "diverged", "diverged", "1.2346"]
+
+
+# -----------------------------------------------------------------------------
+# figures show the numbers
+
+def test_figures_draw_what_they_are_given():
+    whole, _ = validation_figure({"jel": [{0: 4.0, 10: 2.0}, {0: 4.0, 10: 3.0}]}, {"jel": "JEL"}, "").axes
+    assert whole.lines[0].get_xydata().tolist() == [[0, 4.0], [10, 2.5]]
+    band = whole.collections[0].get_paths()[0].vertices
+    assert {2.0, 3.0} == {y for x, y in band if x == 10}
+    validation_figure({"a": [{0: 4.0, 5: 1.0}], "b": [{0: 4.0, 90: 3.0}]}, {"a": "A", "b": "B"}, "")  # of other lengths
+    lr, _ = multiplier_figure([0.0, 0.5], [[1, 2], [2, 8], [9, 9]], [[1, 1]] * 3, "").axes
+    assert lr.get_yscale() == "log"
+    assert [list(line.get_ydata()) for line in lr.lines[:2]] == [[2, 8], [9, 9]]  # median, last update
+    entropy, returns = meta_training_figure([0.9, 0.8], [1.0, 2.0], [3.0, 4.0], "").axes
+    assert entropy.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.8]]
+    assert [list(line.get_ydata()) for line in returns.lines] == [[3.0, 4.0], [1.0, 2.0]]
