@@ -89,6 +89,7 @@ def init_compute(device_type: str = "") -> Compute:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        torch._dynamo.config.recompile_limit = 64  # one program per matrix shape, and a sweep of models in one process
     else:
         device = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():

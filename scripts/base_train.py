@@ -210,8 +210,7 @@ def main() -> int:
     def observe() -> dict[str, float]:
         """What the controller declared that it needs, and nothing else."""
         values = {"progress": lambda: step / num_iterations, "step": lambda: step, "train_loss": lambda: train_loss,
-                  "grad_norm": lambda: torch.nn.utils.get_total_norm([p.grad for p in plain_model.parameters()]).item(),
-                  "probe_loss": probe_loss}
+                  "grad_norm": lambda: global_grad_norm(plain_model, compute), "probe_loss": probe_loss}
         return {name: float(values[name]()) for name in controller.observes}
 
     def probe_loss() -> float:
@@ -401,6 +400,16 @@ def older_checkpoint(folder: Path, step: int, writer: CheckpointWriter | None, c
     if found is None:
         raise UserError(f"the run diverged at step {step} and has no checkpoint to go back to; give --save-every, or lower the learning rates")
     return found
+
+
+def global_grad_norm(model: GPT, compute: Compute) -> float:
+    """L2 norm of the gradient averaged over ranks. The average stays in place: the optimizer's own then changes nothing."""
+    gradients = [p.grad for p in model.parameters()]
+    if compute.world_size > 1:
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(compute.world_size)
+    return torch.nn.utils.get_total_norm(gradients).item()
 
 
 def mean_over_ranks(loss: torch.Tensor, compute: Compute) -> float:

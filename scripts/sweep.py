@@ -53,7 +53,9 @@ HAND_TUNED_RATES = {"--matrix-lr": 0.06, "--embedding-lr": 0.06, "--unembedding-
 HAND_TUNED = [(1.0, 0.005), (1.0, 0.0), (1.0, 0.02), (1.0, 0.1),    # lr scale, weight decay: a cross about the best
               (0.5, 0.005), (0.7, 0.005), (1.4, 0.005), (2.0, 0.005)]
 
-FINAL_ONLY = ["--eval-every", "0", "--sample-tokens", "0"]  # a setting is judged by its end; the methods' curves are drawn
+# A setting is judged by its end (the methods' curves are drawn), and by nothing but itself: a run that is mended by lower
+# rates is another setting's, so one that diverges is recorded as diverged.
+AS_IT_IS = ["--eval-every", "0", "--sample-tokens", "0", "--max-recoveries", "0"]
 
 
 def plan(what: str, preset: str, seeds: list[int], steps: int, policy: str | None = None,
