@@ -11,7 +11,7 @@ import torch
 
 from nanochat.common import UserError
 
-_TINY = {"depth": 4, "aspect_ratio": 16, "head_dim": 32, "tokenizer": "tiny", "data": "embedded"}
+_TINY = {"depth": 2, "aspect_ratio": 32, "head_dim": 32, "tokenizer": "tiny", "data": "embedded"}
 _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", "data": "embedded"}
 
 PRESETS: dict[str, dict[str, dict]] = {
@@ -20,8 +20,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
         "base_train": {**_TINY, "max_seq_len": 128, "num_iterations": 250, "total_batch_size": 2048, "device_batch_size": 16,
                        "lr_batch_rule": "none", "decision_interval": 25, "eval_every": 25, "eval_tokens": 65536, "save_every": 50},
-        "meta_train": {**_TINY, "num_iterations": 150, "decision_interval": 15, "episode_seq_len": 64, "episode_batch_size": 4,
-                       "policy_lr": 3e-3, "updates": 30},
+        "meta_train": {**_TINY, "num_iterations": 150, "decision_interval": 15, "episode_seq_len": 64, "episode_batch_size": 8,
+                       "policy_lr": 3e-3, "updates": 20},
     },
     "smoke": {
         "tok_train": {"data": "embedded", "vocab_size": 320, "name": "smoke"},

@@ -37,24 +37,26 @@ SCHEDULE_FREE = [(0.5, 0.00, 0), (0.5, 0.01, 0), (1.0, 0.00, 0), (1.0, 0.01, 0),
                  (2.0, 0.00, 0), (2.0, 0.01, 0), (1.0, 0.01, 100), (1.0, 0.01, 300)]
 
 # The upper bound at tiny: these rates x a scale, and the weight decay (base_train multiplies it by (12 / depth)^2).
-# Where they come from: 17 single runs at tiny (seed 42), which are part of this baseline's budget. The paper's rates reach
-# 2.065 bpb at best; with a smaller embedding and scalar rate, a larger unembedding rate and a smaller decay:
-#     matrix  embedding  unembedding  scalar   decay 0.2   0.05   0.02   0.005      0
-#       0.04       0.03        0.016     0.1       2.089      -  2.025   2.018  2.018
-#       0.02      0.015        0.008    0.05           -      -      -   2.073      -
-#       0.06      0.045        0.024    0.15           -      -      -   2.024      -
-#       0.06       0.06        0.016     0.1           -      -      -   2.010      -
-#       0.06      0.015        0.016     0.1           -      -      -   2.024      -
-#       0.08       0.06        0.016     0.1           -      -  2.023       -      -
-#       0.08        0.1        0.016     0.1           -  2.035      -       -      -
-#       0.04        0.1        0.032     0.1           -  2.075      -       -      -
-#       0.04        0.1        0.008     0.1           -      -  2.041       -      -
-HAND_TUNED_RATES = {"--matrix-lr": 0.06, "--embedding-lr": 0.06, "--unembedding-lr": 0.016, "--scalar-lr": 0.1}
-HAND_TUNED = [(1.0, 0.005), (1.0, 0.0), (1.0, 0.02), (1.0, 0.1),    # lr scale, weight decay: a cross about the best
-              (0.5, 0.005), (0.7, 0.005), (1.4, 0.005), (2.0, 0.005)]
+# They come from single runs at tiny's size (seed 42), part of this baseline's budget beside the 8: 23 with 4 layers
+# of width 64, 14 with 2 (250 steps of 2,048 tokens). Validation bpb of the telling ones:
+#   matrix  embedding  unembedding  scalar  decay  4 layers  2 layers
+#     0.02        0.3        0.004     0.5    0.2     2.065            the paper's; x 0.25 to x 4: no better
+#     0.04        0.6        0.008     1.0   0.02     2.063
+#     0.05       0.05         0.05    0.05            2.030            --hparams uniform, decay 0.01 for all
+#     0.04       0.03        0.016     0.1    0.2     2.089
+#     0.04       0.03        0.016     0.1   0.02     2.025
+#     0.04       0.03        0.016     0.1      0     2.018
+#     0.06       0.06        0.016     0.1  0.005     2.010     2.095  x 0.5, 0.7, 1.4, 2: 2.111, 2.093, 2.114, 2.151
+#     0.06       0.06        0.016     0.1      0               2.085  x 0.7, 1.4: 2.087, 2.103
+#     0.06       0.06        0.008     0.1      0               2.070
+#     0.06       0.06        0.004     0.1      0               2.069
+#     0.06       0.15        0.008     0.1      0               2.066
+HAND_TUNED_RATES = {"--matrix-lr": 0.06, "--embedding-lr": 0.1, "--unembedding-lr": 0.008, "--scalar-lr": 0.1}
+HAND_TUNED = [(0.5, 0.0), (0.5, 0.005), (0.7, 0.0), (0.7, 0.005),    # lr scale, weight decay
+              (1.0, 0.0), (1.0, 0.005), (1.4, 0.0), (1.4, 0.005)]
 
-# A setting is judged by its end (the methods' curves are drawn), and by nothing but itself: a run that is mended by lower
-# rates is another setting's, so one that diverges is recorded as diverged.
+# A setting is judged by its end (only the methods' curves are drawn), and as it is: a run mended by lower rates
+# would be another setting's, so one that diverges is recorded as diverged.
 AS_IT_IS = ["--eval-every", "0", "--sample-tokens", "0", "--max-recoveries", "0"]
 
 
@@ -65,22 +67,24 @@ def plan(what: str, preset: str, seeds: list[int], steps: int, policy: str | Non
     For methods, `policy` is the controller's (None: the shipped one), and `best` holds the flags that won the sweeps of
     `hand_tuned` and `schedule_free`.
     """
-    def job(name: str, seed: int, setting: dict, *flags) -> Job:
-        return Job(f"{preset}/{name}", setting, [str(f) for f in flags], ["--preset", preset, "--seed", str(seed), *common])
+    def job(name: str, seed: int, setting: dict, flags: list, *others: str) -> Job:
+        common_flags = ["--preset", preset, "--seed", str(seed), *common, *others]
+        return Job(f"{preset}/{name}", setting, [str(word) for word in flags], common_flags)
 
     if what == "schedule-free":
-        rows = [(lr, wd, round(warmup * steps / PAPER_STEPS)) for lr, wd, warmup in SCHEDULE_FREE]
-        return [job(f"sf-{i}", seeds[0], {"lr": lr, "wd": wd, "warmup": warmup}, "--optimizer", "schedule-free",
-                    "--sf-lr", lr, "--sf-wd", wd, "--sf-warmup", warmup) for i, (lr, wd, warmup) in enumerate(rows)]
+        rows = [{"lr": lr, "wd": wd, "warmup": round(warm * steps / PAPER_STEPS)} for lr, wd, warm in SCHEDULE_FREE]
+        sf = lambda row: [word for key, value in row.items() for word in (f"--sf-{key}", value)]
+        return [job(f"sf-{i}", seeds[0], row, ["--optimizer", "schedule-free", *sf(row)], *AS_IT_IS)
+                for i, row in enumerate(rows)]
     if what == "hand-tuned":
-        return [job(f"ht-{i}", seeds[0], {"lr_scale": scale, "weight_decay": wd}, "--weight-decay", wd,
-                    *(word for flag, rate in HAND_TUNED_RATES.items() for word in (flag, f"{rate * scale:g}")))
-                for i, (scale, wd) in enumerate(HAND_TUNED)]
+        rates = lambda scale: [word for flag, rate in HAND_TUNED_RATES.items() for word in (flag, f"{rate * scale:g}")]
+        return [job(f"ht-{i}", seeds[0], {"lr_scale": scale, "weight_decay": wd}, [*rates(scale), "--weight-decay", wd],
+                    *AS_IT_IS) for i, (scale, wd) in enumerate(HAND_TUNED)]
     methods = {"hand_tuned": best["hand_tuned"],
                "jel": ["--hparams", "uniform", "--controller", "jel", *(["--policy", policy] if policy else [])],
                "schedule_free": best["schedule_free"],
                "suboptimal": ["--hparams", "uniform"]}
-    return [job(f"{name}-s{seed}", seed, {}, *flags) for seed in seeds for name, flags in methods.items()]
+    return [job(f"{name}-s{seed}", seed, {}, flags) for seed in seeds for name, flags in methods.items()]
 
 
 # -----------------------------------------------------------------------------
@@ -91,10 +95,10 @@ def flags() -> argparse.ArgumentParser:
     flag = parser.add_argument
     add_preset_flag(parser)
     flag("--what", choices=["schedule-free", "hand-tuned", "methods"], required=True)
-    flag("--seeds", type=int, nargs="+", default=[42, 43, 44], help="the methods' seeds; a sweep over settings uses the first")
+    flag("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the methods; settings use the first")
     flag("--jobs", type=int, default=-1, help="runs side by side; -1 = as many as the cores or GPUs have room for")
-    flag("--nproc", type=int, default=-1, help="processes of a run; -1 = 1 on a CPU, else the most GPUs that its batch divides by")
-    flag("--policy", help="methods: the controller's policy; default: what meta_train left in runs/<preset>/meta, else the shipped one")
+    flag("--nproc", type=int, default=-1, help="processes of a run; -1 = 1, or the most GPUs its batch divides by")
+    flag("--policy", help="methods: jel's policy; default: meta_train's in runs/<preset>/meta, else the shipped one")
     flag("--data", help="as in base_train; default: the preset's")
     return parser
 
@@ -105,7 +109,7 @@ def main() -> int:
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice; give each once")
     if args.what == "hand-tuned" and args.preset == "paper":
-        raise UserError("--what hand-tuned is for tiny and smoke; at paper base_train's defaults are the paper's upper bound")
+        raise UserError("--what hand-tuned is for tiny and smoke; at paper the defaults are the paper's upper bound")
     if args.policy and args.what != "methods":
         raise UserError(f"--policy is for --what methods; --what {args.what} runs no controller")
 
@@ -114,7 +118,7 @@ def main() -> int:
 
     common = ["--data", args.data] if args.data else []
     every_run = parse_with_preset(base_train.flags(), "base_train", ["--preset", args.preset, *common])
-    steps = every_run.num_iterations if every_run.num_iterations > 0 else PAPER_STEPS  # only paper derives it: 561 (paper 4.1)
+    steps = PAPER_STEPS if every_run.num_iterations == -1 else every_run.num_iterations  # only paper derives its length
     policy, best = None, None
     if args.what == "schedule-free":
         print0(f"warm-ups: Table 3's are of {PAPER_STEPS} steps; scaled by {steps}/{PAPER_STEPS} and rounded")
@@ -122,7 +126,8 @@ def main() -> int:
         best = {"schedule_free": best_flags(folder, "schedule_free"), "hand_tuned": []}
         if (folder / "sweep_hand_tuned.json").exists():
             best["hand_tuned"] = best_flags(folder, "hand_tuned")
-        print0(f"hand_tuned: {' '.join(best['hand_tuned']) or 'base_train defaults'}\nschedule_free: {' '.join(best['schedule_free'])}")
+        print0(f"hand_tuned: {' '.join(best['hand_tuned']) or 'the defaults (there is no hand-tuned sweep)'}")
+        print0(f"schedule_free: {' '.join(best['schedule_free'])}")
         policy = find_policy(args.policy, folder)
     jobs = plan(args.what, args.preset, args.seeds, steps, policy, best, common)
 
@@ -135,8 +140,8 @@ def main() -> int:
             # Here rather than in the first runs, so that its progress and its errors are seen.
             TokenCache.build(resolve_data(every_run.data), Tokenizer.load(tokenizer_folder(every_run.tokenizer)))
         places = find_places(args, every_run, len(jobs))
-        print0(f"{args.what}: {len(jobs)} runs, {len(rows)} done already; {places.jobs} side by side, "
-               + (f"{places.nproc} of {len(places.gpus)} GPU(s) each" if places.gpus else f"{places.nproc} process(es) of one thread each"))
+        each = f"{places.nproc} of {len(places.gpus)} GPUs" if places.gpus else f"{places.nproc} x 1 thread"
+        print0(f"{args.what}: {len(jobs)} runs, {len(rows)} done already; {places.jobs} side by side, {each} each")
         if not run_jobs(jobs, rows, steps, places, lock):
             print0(f"stopped with {len(rows)} of {len(jobs)} runs done; run the same command again to go on")
             return REQUEUE_EXIT_CODE
@@ -147,19 +152,21 @@ def main() -> int:
             winner = min(scored, key=lambda i: in_order[i]["val_bpb"], default=None)
             path = folder / f"sweep_{args.what.replace('-', '_')}.json"
             write_json(path, {"rows": in_order, "best": winner, "runs": len(jobs)})
-            print0(f"best: {'none, every setting diverged' if winner is None else describe(jobs[winner], in_order[winner])}; written to {path}")
+            told = "none, every setting diverged" if winner is None else describe(jobs[winner], in_order[winner])
+            print0(f"best: {told}; written to {path}")
     return 0
 
 
 def best_flags(folder: Path, method: str) -> list[str]:
     """The flags that won the method's sweep. Raises `UserError` if there is no winner."""
-    path, again = folder / f"sweep_{method}.json", f"python -m scripts.sweep --preset {folder.name} --what {method.replace('_', '-')}"
+    path = folder / f"sweep_{method}.json"
+    again = f"python -m scripts.sweep --preset {folder.name} --what {method.replace('_', '-')}"
     if not path.exists():
         raise UserError(f"{path} does not exist; first run: {again}")
     try:
         sweep = read_json(path, "sweep")
         if sweep["best"] is None:
-            raise UserError(f"{path} has no best setting, because all of them diverged; edit the settings in scripts/sweep.py")
+            raise UserError(f"{path} has no best setting, because all of them diverged; edit those in scripts/sweep.py")
         return [str(word) for word in sweep["rows"][sweep["best"]]["flags"]]
     except (KeyError, IndexError, TypeError):
         raise UserError(f"{path} is not what a sweep writes; delete it and run: {again}") from None
@@ -170,8 +177,8 @@ def find_policy(given: str | None, folder: Path) -> str | None:
     trained = folder / "meta" / "policy.safetensors"
     policy = given or (str(trained) if trained.exists() else None)
     policy = policy and os.path.abspath(policy)
-    load_controller("jel", policy)
     print0(f"jel: policy {policy or f'shipped with the package ({trained} does not exist)'}")
+    load_controller("jel", policy)
     return policy
 
 

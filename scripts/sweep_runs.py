@@ -52,8 +52,9 @@ class Places:
     gpus: list[str]
 
     def start(self, job: Job, place: int, lock: int) -> subprocess.Popen:
-        """Start the run in one of the `jobs` places. It stays in our process group, so that what kills that kills it too."""
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.nproc), "-m"] if self.nproc > 1 else []
+        """Start the run in one of the `jobs` places, in our process group: what kills that leaves no run behind."""
+        several = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.nproc), "-m"]
+        command = [sys.executable, "-m", *(several if self.nproc > 1 else []), "scripts.base_train", *job.argv]
         environment = dict(os.environ)
         if self.gpus:
             mine = [self.gpus[(place * self.nproc + i) % len(self.gpus)] for i in range(self.nproc)]
@@ -62,13 +63,13 @@ class Places:
             environment["OMP_NUM_THREADS"] = "1"
         run_folder(job.tag).mkdir(parents=True, exist_ok=True)
         with open(output_path(job), "w") as output:
-            return subprocess.Popen([sys.executable, "-m", *launcher, "scripts.base_train", *job.argv], stdin=subprocess.DEVNULL,
-                                    stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=(lock,))
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                    env=environment, pass_fds=(lock,))
 
 
 @contextlib.contextmanager
 def alone(path: Path):
-    """One sweep at a time, by a lock that its runs inherit: if it is killed, the next one waits for the runs it left."""
+    """One such sweep at a time, by a lock that its runs inherit: if it is killed, the next waits for runs it left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         try:
@@ -82,8 +83,8 @@ def alone(path: Path):
 # -----------------------------------------------------------------------------
 # running
 
-POLL = 0.2    # seconds
-GRACE = 1.0   # seconds
+POLL = 0.2     # seconds between looks at the runs
+GRACE = 1.0    # seconds in which a run tells of a signal it got
 
 
 def run_jobs(jobs: list[Job], rows: dict[str, dict], steps: int, places: Places, lock: int) -> bool:
@@ -115,6 +116,7 @@ def run_jobs(jobs: list[Job], rows: dict[str, dict], steps: int, places: Places,
                     raise UserError(failure(job, process.returncode))
             progress.status([job for job, _ in running.values()])
     finally:
+        print0(progress.clear, end="")  # what is printed next begins a line
         end(list(running.values()))
     return len(rows) == len(jobs)
 
@@ -125,13 +127,13 @@ def end(running: list[tuple[Job, subprocess.Popen]]) -> None:
     A second signal makes a run leave without saving, and a terminal's Ctrl-C (or a job scheduler) signals the runs too.
     So we send one only to those that have not told of theirs after a while.
     """
-    begin, sent = time.monotonic(), set()
+    begin, told = time.monotonic(), set()
     while alive := [(job, process) for job, process in running if process.poll() is None]:
         for job, process in alive:
-            late = time.monotonic() - begin > GRACE
-            if late and process.pid not in sent and ": finishing the step" not in output_path(job).read_text(errors="replace"):
-                process.terminate()
-                sent.add(process.pid)
+            if process.pid not in told and time.monotonic() - begin > GRACE:
+                told.add(process.pid)
+                if not any(": finishing the step" in line for line in output(job)):  # as nanochat.interrupt says it
+                    process.terminate()
         time.sleep(POLL)
 
 
@@ -139,16 +141,18 @@ def output_path(job: Job) -> Path:
     return run_folder(job.tag) / "output.txt"
 
 
+def output(job: Job) -> list[str]:
+    """The lines that the run's last start printed."""
+    return output_path(job).read_text(errors="replace").splitlines() if output_path(job).exists() else []
+
+
 def errors(job: Job) -> list[str]:
-    """What the run printed from `error: ` on; under torchrun that is not the last line."""
-    if not output_path(job).exists():
-        return []
-    return [line for line in output_path(job).read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    """The errors among them, of every rank; under torchrun more lines follow."""
+    return [line for line in output(job) if line.startswith("error: ")]
 
 
 def failure(job: Job, code: int) -> str:
-    said = errors(job) or output_path(job).read_text(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(said) if line.strip()), "it printed nothing")
+    last = next((line.strip() for line in reversed(errors(job) or output(job)) if line.strip()), "it printed nothing")
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit status {code}"
     return f"run {job.tag} {how} ({last}); all it printed is in {output_path(job)}"
 
@@ -156,23 +160,24 @@ def failure(job: Job, code: int) -> str:
 def row_of(job: Job) -> dict | None:
     """The row of a run that has finished or diverged, else None. Raises `UserError` if its folder holds another run."""
     folder, args = run_folder(job.tag), parse_with_preset(base_train.flags(), "base_train", job.argv)
+    may_change = base_train.MAY_CHANGE
     known = {**job.setting, "flags": job.flags, "tag": job.tag}
     try:
-        if is_finished(folder, args, base_train.MAY_CHANGE):
-            result = {key: read_json(folder / "result.json", "result")[key] for key in ("val_bpb", "train_loss", "seconds", "tokens")}
-            if math.isfinite(result["val_bpb"]):
-                return {**known, **result}
-            return {**known, **result, "val_bpb": None, "error": f"val_bpb is {result['val_bpb']}"}
+        if is_finished(folder, args, may_change):
+            result = read_json(folder / "result.json", "result")
+            row = {**known, **{key: result[key] for key in ("val_bpb", "train_loss", "seconds", "tokens")}}
+            finite = math.isfinite(result["val_bpb"])
+            return row if finite else {**row, "val_bpb": None, "error": f"val_bpb is {result['val_bpb']}"}
         diverged = [line for line in errors(job) if "the run diverged" in line]
         if not diverged:
             return None
         started = argparse.Namespace(**read_json(folder / "config.json", "config")["flags"])
-        check_same_flags(resumable_flags(started, base_train.MAY_CHANGE), args, base_train.MAY_CHANGE, folder)
+        check_same_flags(resumable_flags(started, may_change), args, may_change, folder)
     except UserError as e:
         raise UserError(f"{e}; or delete {folder}, and its run starts anew") from None
     done = [record["dt"] for record in read_log(folder) if "dt" in record]
-    return {**known, "val_bpb": None, "train_loss": None, "seconds": sum(done), "tokens": len(done) * args.total_batch_size,
-            "error": diverged[-1]}
+    return {**known, "val_bpb": None, "train_loss": None, "seconds": sum(done),
+            "tokens": len(done) * args.total_batch_size, "error": diverged[-1]}
 
 
 # -----------------------------------------------------------------------------
@@ -180,8 +185,9 @@ def row_of(job: Job) -> dict | None:
 
 def describe(job: Job, row: dict) -> str:
     """`sf-2 lr 1.0 wd 0.0 warmup 0: val_bpb 2.2100, 25s`."""
+    setting = " ".join([job.name, *(f"{key} {value}" for key, value in job.setting.items())])
     result = f"val_bpb {row['val_bpb']:.4f}" if row["val_bpb"] is not None else "diverged"
-    return " ".join([job.name, *(f"{key} {value}" for key, value in job.setting.items())]) + f": {result}, {format_seconds(row['seconds'])}"
+    return f"{setting}: {result}, {format_seconds(row['seconds'])}"
 
 
 class Progress:
@@ -211,7 +217,10 @@ class Progress:
         seconds = left * (now - self.begin) / (self.at_begin - left) if left < self.at_begin else None
         runs = ", ".join(f"{job.name} {steps_done(job)}/{self.steps}" for job in running)
         line = f"{len(self.rows)}/{len(self.jobs)} done | {runs} | left {format_seconds(seconds)}"
-        print0(self.clear + line[:shutil.get_terminal_size().columns - 1] if self.terminal else line, end="" if self.terminal else "\n")
+        if self.terminal:
+            print0(self.clear + line[:shutil.get_terminal_size().columns - 1], end="")
+        else:
+            print0(line)
 
 
 def steps_done(job: Job) -> int:

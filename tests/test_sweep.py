@@ -57,8 +57,8 @@ def test_the_schedule_free_plan_is_table_3():
     runs = [parsed(job) for job in jobs]
     assert [(run.sf_lr, run.sf_wd, run.sf_warmup) for run in runs] == [
         (0.5, 0, 0), (0.5, 0.01, 0), (1, 0, 0), (1, 0.01, 0), (2, 0, 0), (2, 0.01, 0), (1, 0.01, 100), (1, 0.01, 300)]
-    assert {(run.optimizer, run.matrix_lr, run.weight_decay, run.seed, run.resume) for run in runs} == {
-        ("schedule-free", 0.02, 0.2, 7, "auto")}
+    assert {(r.optimizer, r.matrix_lr, r.weight_decay, r.seed, r.resume, r.max_recoveries) for r in runs} == {
+        ("schedule-free", 0.02, 0.2, 7, "auto", 0)}
     assert [job.setting["warmup"] for job in plan("schedule-free", "tiny", [7], 250)] == [0] * 6 + [45, 134]
 
 
@@ -69,13 +69,15 @@ def test_the_hand_tuned_plan_is_as_large_and_scales_every_rate():
     for job, run in zip(jobs, runs):
         rates = (run.matrix_lr, run.embedding_lr, run.unembedding_lr, run.scalar_lr)
         assert rates == pytest.approx([rate * job.setting["lr_scale"] for rate in sweep.HAND_TUNED_RATES.values()])
-        assert (run.weight_decay, run.data, run.hparams, run.seed) == (job.setting["weight_decay"], "texts", "hand-tuned", 7)
+        assert (run.weight_decay, run.data) == (job.setting["weight_decay"], "texts")
+        assert (run.hparams, run.seed, run.max_recoveries) == ("hand-tuned", 7, 0)
 
 
 def test_the_methods_plan_is_every_method_with_every_seed():
     jobs = {job.name: job for job in plan("methods", "tiny", [1, 2], 250, "/a/policy", BEST)}
-    assert jobs.keys() == {f"{method}-s{seed}" for method in ("hand_tuned", "jel", "schedule_free", "suboptimal") for seed in (1, 2)}
-    jel, hand, free, base = (parsed(jobs[f"{name}-s2"]) for name in ("jel", "hand_tuned", "schedule_free", "suboptimal"))
+    methods = ("jel", "hand_tuned", "schedule_free", "suboptimal")
+    assert jobs.keys() == {f"{method}-s{seed}" for method in methods for seed in (1, 2)}
+    jel, hand, free, base = (parsed(jobs[f"{method}-s2"]) for method in methods)
     assert (jel.hparams, jel.controller, jel.policy, jel.model_tag) == ("uniform", "jel", "/a/policy", "tiny/jel-s2")
     assert (hand.hparams, hand.matrix_lr, free.optimizer, free.sf_lr) == ("hand-tuned", 0.06, "schedule-free", 2.0)
     assert {**vars(base), "controller": "jel", "policy": "/a/policy", "model_tag": "tiny/jel-s2"} == vars(jel)
@@ -90,16 +92,17 @@ def test_rows_are_written_and_a_second_start_runs_nothing(home, start, monkeypat
     monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1e30, 0.0, 0), (0.5, 0.01, 300)])
     assert start("--what", "schedule-free", "--seeds", "3", "4") == 0
     printed = capsys.readouterr().out
-    assert "scaled by 12/561" in printed and "2/2 sf-" in printed and "sf-0 lr 1e+30 wd 0.0 warmup 0: diverged" in printed
+    assert "scaled by 12/561" in printed and "2/2 sf-" in printed
+    assert "sf-0 lr 1e+30 wd 0.0 warmup 0: diverged" in printed
     path = home / "runs" / "smoke" / "sweep_schedule_free.json"
     written = json.loads(path.read_text())
     bad, good = written["rows"]
     result = json.loads((home / "runs" / "smoke" / "sf-1" / "result.json").read_text())
-    assert (written["best"], written["runs"]) == (1, 2)
-    assert {k: good[k] for k in ("val_bpb", "train_loss", "seconds")} == {k: result[k] for k in ("val_bpb", "train_loss", "seconds")}
+    assert (written["best"], written["runs"], result["flags"]["seed"]) == (1, 2, 3)
+    assert all(good[key] == result[key] for key in ("val_bpb", "train_loss", "seconds", "tokens"))
     assert (good["lr"], good["wd"], good["warmup"], good["tag"]) == (0.5, 0.01, 6, "smoke/sf-1") and "error" not in good
-    assert bad["val_bpb"] is None and bad["error"].startswith("error: the loss is nan") and bad["seconds"] > 0
-    assert result["flags"]["seed"] == 3 and best_flags(path.parent, "schedule_free")[:4] == ["--optimizer", "schedule-free", "--sf-lr", "0.5"]
+    assert bad["val_bpb"] is None and "the run diverged" in bad["error"] and bad["seconds"] > 0
+    assert best_flags(path.parent, "schedule_free")[:4] == ["--optimizer", "schedule-free", "--sf-lr", "0.5"]
     assert "step 00011/00012" in (home / "runs" / "smoke" / "sf-1" / "output.txt").read_text()
 
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing may be started any more
@@ -118,27 +121,29 @@ def test_rows_are_written_and_a_second_start_runs_nothing(home, start, monkeypat
 def test_a_run_that_fails_stops_the_sweep_in_one_line(home, start, monkeypatch):
     monkeypatch.setattr(sweep, "HAND_TUNED", [(1.0, 0.0)])
     (home / "runs" / "smoke" / "ht-0" / "config.json").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"^run smoke/ht-0 failed with exit status 1 \(.*directory.*\); all it printed is in .*ht-0/output.txt$"):
+    line = r"^run smoke/ht-0 failed with exit status 1 \(.*directory.*\); all it printed is in .*ht-0/output.txt$"
+    with pytest.raises(UserError, match=line):
         start("--what", "hand-tuned")
     assert not (home / "runs" / "smoke" / "sweep_hand_tuned.json").exists()
 
 
 @pytest.mark.parametrize("number, whole_group", [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_a_stop_saves_every_run_and_leaves_none_behind(home, corpus, number, whole_group):
-    """Signalled alone, as by kill, or with all its runs, as by Ctrl-C: either way each run saves once and leaves."""
-    endless = "sweep.HAND_TUNED_RATES = {'--num-iterations': 1e5}; sweep.HAND_TUNED = [(1.0, 0.0), (1.0, 0.1)]"
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from scripts import sweep; {endless}; sweep.run_main(sweep.main)", "--preset", "smoke",
-         "--data", str(corpus), "--what", "hand-tuned", "--jobs", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    jobs = [Job(f"smoke/ht-{i}", {}, [], []) for i in range(2)]
-    deadline = time.monotonic() + 60
-    while not all(steps_done(job) for job in jobs) and process.poll() is None and time.monotonic() < deadline:
+def test_a_stop_saves_the_run_and_starts_no_other(home, corpus, number, whole_group):
+    """Signalled alone, as by kill, or with its run, as by Ctrl-C: either way it saves, and nothing is left behind."""
+    program = ("from scripts import sweep; sweep.HAND_TUNED = [(1.0, 0.0), (1.0, 0.1)]; "  # endless, in steps of 0.5 s
+               "sweep.HAND_TUNED_RATES = {'--num-iterations': 1e5, '--total-batch-size': 12800}; "
+               "sweep.run_main(sweep.main)")
+    flags = ["--preset", "smoke", "--data", str(corpus), "--what", "hand-tuned", "--jobs", "1"]
+    process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    job, deadline = Job("smoke/ht-0", {}, [], []), time.monotonic() + 60
+    while steps_done(job) == 0 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     (os.killpg if whole_group else os.kill)(process.pid, number)
-    assert process.wait(60) == REQUEUE_EXIT_CODE and "run the same command again" in process.stdout.read()
-    for job in jobs:
-        saved = max(int(path.name.partition("_")[2]) for path in (home / "runs" / job.tag / "checkpoints").glob("step_*"))
-        assert saved == steps_done(job) and not (home / "runs" / job.tag / "result.json").exists()
+    assert process.wait(60) == REQUEUE_EXIT_CODE
+    assert "stopped with 0 of 2 runs done; run the same command again" in process.stdout.read()
+    saved = max(int(path.name.partition("_")[2]) for path in (home / "runs" / job.tag / "checkpoints").glob("step_*"))
+    assert saved == steps_done(job) > 0 and not (home / "runs" / "smoke" / "ht-1").exists()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
@@ -162,7 +167,7 @@ def test_the_lock_is_held_as_long_as_a_run_lives(tmp_path):
     (("--what", "schedule-free", "--policy", "p"), "--policy is for --what methods"),
     (("--what", "schedule-free", "--jobs", "0"), "--jobs is 0"),
     (("--what", "hand-tuned", "--preset", "paper"), "paper's upper bound"),
-    (("--what", "methods"), "sweep_schedule_free.json does not exist; first run: python -m scripts.sweep --preset smoke --what schedule-free"),
+    (("--what", "methods"), "first run: python -m scripts.sweep --preset smoke --what schedule-free"),
     (("--what", "schedule-free", "--data", "/nowhere"), "/nowhere"),
 ])
 def test_bad_input_is_one_clear_line(start, monkeypatch, flags, words):
@@ -172,8 +177,9 @@ def test_bad_input_is_one_clear_line(start, monkeypatch, flags, words):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("text, words", [("{", "JSON"), ("[]", "not what a sweep writes"), ('{"rows": [], "best": 0}', "not what a sweep writes"),
-                                         ('{"rows": [], "best": null}', "all of them diverged")])
+@pytest.mark.parametrize("text, words", [
+    ("{", "JSON"), ("[]", "not what a sweep writes"), ('{"rows": [], "best": 0}', "not what a sweep writes"),
+    ('{"rows": [], "best": null}', "all of them diverged")])
 def test_a_damaged_sweep_is_not_built_on(tmp_path, text, words):
     (tmp_path / "sweep_schedule_free.json").write_text(text)
     with pytest.raises(UserError, match=words):
@@ -181,8 +187,8 @@ def test_a_damaged_sweep_is_not_built_on(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("preset, gpus, flags, jobs, nproc", [
-    ("paper", 8, (), 1, 8), ("paper", 6, (), 1, 4), ("paper", 1, (), 1, 1), ("tiny", 4, (), 4, 1), ("paper", 8, ("--nproc", "2"), 4, 2),
-    ("tiny", 0, ("--jobs", "3"), 3, 1), ("tiny", 0, ("--jobs", "30"), 8, 1)])
+    ("paper", 8, (), 1, 8), ("paper", 6, (), 1, 4), ("paper", 1, (), 1, 1), ("paper", 8, ("--nproc", "2"), 4, 2),
+    ("tiny", 4, (), 4, 1), ("tiny", 0, ("--jobs", "3"), 3, 1), ("tiny", 0, ("--jobs", "30"), 8, 1)])
 def test_places_fill_the_machine(monkeypatch, preset, gpus, flags, jobs, nproc):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -194,7 +200,8 @@ def test_places_fill_the_machine(monkeypatch, preset, gpus, flags, jobs, nproc):
 
 def test_side_by_side_runs_get_gpus_of_their_own(home, monkeypatch):
     started = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: started.append((command[2], env["CUDA_VISIBLE_DEVICES"])))
+    note = lambda command, env, **_: started.append((command[2], env["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(subprocess, "Popen", note)
     job, places = plan("methods", "paper", [1], 561, None, BEST)[0], Places(2, 2, ["4", "5", "6", "7"])
     places.start(job, 0, 3), places.start(job, 1, 3), Places(1, 1, ["4"]).start(job, 0, 3)
     assert started == [("torch.distributed.run", "4,5"), ("torch.distributed.run", "6,7"), ("scripts.base_train", "4")]
@@ -204,7 +211,8 @@ def test_progress_tells_steps_and_time_left(home, monkeypatch, capsys):
     jobs = plan("methods", "smoke", [1], 100, None, BEST)
     log = home / "runs" / jobs[1].tag / "log.jsonl"
     log.parent.mkdir(parents=True)
-    log.write_text("".join(json.dumps({"step": s, "loss": 1.0, "multipliers": {"*": {"lr": 1.0}}}) + "\n" for s in range(40)) + '{"step": 40, "lo')
+    whole = [json.dumps({"step": s, "loss": 1.0, "multipliers": {"*": {"lr": 1.0}}}) + "\n" for s in range(40)]
+    log.write_text("".join(whole) + '{"step": 40, "lo')
     assert steps_done(jobs[1]) == 40 and steps_done(jobs[0]) == 0 and row_of(jobs[1]) is None
     clock = iter([0.0, 9.0, 10.0])
     monkeypatch.setattr(sweep_runs.time, "monotonic", lambda: next(clock))
@@ -215,5 +223,6 @@ def test_progress_tells_steps_and_time_left(home, monkeypatch, capsys):
     progress.status(jobs[1:2])
     progress.status(jobs[1:2])
     progress.ended(jobs[0], rows[jobs[0].tag])
-    assert capsys.readouterr().out.splitlines() == ["1/4 done | jel-s1 66/100 | left 1m30s", "1/4 hand_tuned-s1: val_bpb 1.5000, 1m15s"]
+    assert capsys.readouterr().out.splitlines() == ["1/4 done | jel-s1 66/100 | left 1m30s",
+                                                    "1/4 hand_tuned-s1: val_bpb 1.5000, 1m15s"]
     assert describe(Job("a/b", {"lr": 1.0}, [], []), {"val_bpb": None, "seconds": 1.0}) == "b lr 1.0: diverged, 1s"
