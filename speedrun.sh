@@ -19,6 +19,12 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+if [ ${#data[@]} -gt 0 ]; then   # other data, other tokenizer, other runs: a base directory of its own inside the base directory
+    path="$(cd "${data[1]}" 2>/dev/null && pwd)" || { echo "error: --data ${data[1]} is not a folder" >&2; exit 2; }
+    data=(--data "$path")
+    export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/with-$(basename "$path")-$(cksum <<<"$path" | cut -d' ' -f1)"
+fi
+
 source scripts/setup.sh
 read -r preset gpus < <(python -m scripts.presets "$preset")
 if [ "$gpus" -gt 1 ]; then launch=(torchrun --standalone --nproc_per_node "$gpus" -m); else launch=(python -m); fi

@@ -163,7 +163,9 @@ def environment_record(compute: Compute) -> dict:
     except (OSError, subprocess.SubprocessError):
         commit = None
     name = torch.cuda.get_device_name(compute.device) if compute.is_cuda else platform.processor() or platform.machine()
-    return {"command": sys.argv, "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
+    script = getattr(sys.modules["__main__"].__spec__, "name", None)  # as `python -m` was told; a path would be this machine's
+    command = ["python", "-m", script, *sys.argv[1:]] if script else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {"command": command, "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
             "device": name, "world_size": compute.world_size, "threads": torch.get_num_threads()}
 
 

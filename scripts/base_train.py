@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from jel.actions import IDENTITY, apply_multipliers
-from jel.controller import load_controller
+from jel.controller import Controller, load_controller
 from jel.errors import JelError
 from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, set_rng_state
 from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, format_seconds, init_compute, print0, run_main,
@@ -100,8 +100,16 @@ def flags() -> argparse.ArgumentParser:
 MAY_CHANGE = {"resume", "run", "device_batch_size", "save_every", "device_type", "sample_tokens"}
 
 
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Controller | None]:
+    """The flags over the preset's defaults, and the controller they name."""
+    args = parse_with_preset(flags(), "base_train", argv)
+    controller = load_controller(args.controller, args.policy)
+    args.policy_digest = getattr(controller, "digest", None)  # a policy trained anew under the same name makes another run
+    return args, controller
+
+
 def main() -> int:
-    args = parse_with_preset(flags(), "base_train")
+    args, controller = parse()
     check_flags(args)
 
     # -------------------------------------------------------------------------
@@ -171,7 +179,6 @@ def main() -> int:
     # -------------------------------------------------------------------------
     # controller
 
-    controller = load_controller(args.controller, args.policy)
     if controller and args.decision_interval > num_iterations:
         print0(f"warning: a decision every {args.decision_interval} steps is more than the run's {num_iterations}: "
                "the controller decides once, at the start")

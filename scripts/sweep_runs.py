@@ -21,7 +21,6 @@ import torch
 from nanochat.common import Compute, UserError, format_seconds, print0, read_json, read_log
 from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
 from scripts import base_train
-from scripts.presets import parse_with_preset
 from scripts.runs import check_same_flags, is_finished, resumable_flags, run_folder
 
 
@@ -159,7 +158,7 @@ def failure(job: Job, code: int) -> str:
 
 def row_of(job: Job) -> dict | None:
     """The row of a run that has finished or diverged, else None. Raises `UserError` if its folder holds another run."""
-    folder, args = run_folder(job.tag), parse_with_preset(base_train.flags(), "base_train", job.argv)
+    folder, (args, _) = run_folder(job.tag), base_train.parse(job.argv)
     may_change = base_train.MAY_CHANGE
     known = {**job.setting, "flags": job.flags, "tag": job.tag}
     try:
