@@ -69,19 +69,20 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 
 
 def load_checkpoint(folder: Path, step: int | None = None, before: float = math.inf) -> tuple[int, dict] | None:
-    """`(step, state)` of the newest whole checkpoint of a step up to `before`, tensors on the CPU; None if there is none.
+    """`(step, state)` of the newest whole checkpoint of a step up to `before`, else of the oldest; None if there is none.
 
     Damaged ones are skipped, in one printed line. With several ranks, rank 0 chooses and the others ask for its `step`.
-    Raises `UserError` if every checkpoint is damaged, or if the `step` asked for is missing or damaged.
+    The tensors are on the CPU. Raises `UserError` if every checkpoint is damaged, or if the `step` asked for is missing or damaged.
     """
     present, damaged = _checkpoints(Path(folder)), []
+    order = [*(s for s in present if s <= before), *sorted(s for s in present if s > before)]
     if step is not None and step not in present:
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {list(present) or 'none'}")
-    for candidate in present if step is None else [step]:
+    for candidate in order if step is None else [step]:
         try:
             state = _read(present[candidate], candidate)
             if damaged:
-                print0(f"{'; '.join(damaged)}: using the one before, step {candidate}")
+                print0(f"{'; '.join(damaged)}: using that of step {candidate}")
             return candidate, state
         except UserError as e:
             damaged.append(str(e))
@@ -97,7 +98,7 @@ def load_model_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path).resolve()
     if os.path.isfile(path):
-        with _untrusted(path):
+        with untrusted(path):
             weights = safetensors.torch.load(path.read_bytes())
     else:
         state = _read(path) if os.path.isfile(path / MANIFEST) else (load_checkpoint(path) or (0, {}))[1]
@@ -135,7 +136,7 @@ def rng_state(device: torch.device) -> dict:
 
 def set_rng_state(state: dict, device: torch.device) -> None:
     """Go back to `rng_state(device)`; raises `UserError` if the state is malformed."""
-    with _untrusted("the checkpoint's random state"):
+    with untrusted("the checkpoint's random state"):
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
         name, key, position, *rest = state["numpy"]
@@ -178,19 +179,21 @@ def _map_leaves(tree, fn, pointer: str = ""):
 # -- reading: nothing in a file is believed before it is checked ----------------
 
 @contextlib.contextmanager
-def _untrusted(what: Path | str):
-    """A failure inside is the file's fault: parsers raise many types on hostile input, and none of them may escape."""
+def untrusted(what: Path | str):
+    """A failure inside is the file's fault: parsers raise many types on hostile input; only `UserError` escapes."""
     try:
         yield
     except Exception as e:
-        kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
+        if isinstance(e, UserError):
+            raise
+        kind = f"{type(e).__name__}: " if isinstance(e, (LookupError, TypeError, AttributeError, RuntimeError)) else ""
         raise UserError(f"{what} cannot be used ({kind}{' '.join(str(e).split())[:200]})") from None
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
     """Path by step, newest first, whole or not. One that made way for a successor that never came counts too."""
     found = {}
-    with _untrusted(folder):
+    with untrusted(folder):
         for name in sorted(os.listdir(folder) if folder.exists() else ()):  # hidden ones first: a visible one wins
             if match := re.fullmatch(r"step_(\d{8,})|\.step_(\d{8,})\.old-\d+", name, re.ASCII):
                 found[int(match[1] or match[2])] = folder / name
@@ -200,7 +203,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
 def _read(path: Path, step: int | None = None) -> dict:
     """The state saved at `path`; raises `UserError` if anything at all is wrong with it."""
     contents = _verify(path, step)
-    with _untrusted(path):
+    with untrusted(path):
         tensors = safetensors.torch.load(contents[TENSORS])
         state = _map_leaves(json.loads(contents[STATE]),
                             lambda leaf, pointer: tensors.pop(pointer, None) if leaf is None else leaf)
@@ -211,7 +214,7 @@ def _read(path: Path, step: int | None = None) -> dict:
 
 def _verify(path: Path, step: int | None) -> dict[str, bytes]:
     """The contents of a checkpoint's two files; raises `UserError` unless they match its manifest, and that `step`."""
-    with _untrusted(path):
+    with untrusted(path):
         manifest = json.loads(_read_file(path / MANIFEST))
         if manifest["format"] != FORMAT or step not in (None, manifest["step"]):
             raise ValueError(f"its manifest says format {manifest['format']!r}, step {manifest['step']!r}")

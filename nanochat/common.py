@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -189,18 +190,18 @@ class RunLog:
     """A run's folder: `config.json` once, a line of `log.jsonl` per call, `result.json` at the end.
 
     Only rank 0 writes. On resume, lines past the resumed step are dropped, so that the log reads as if the run had
-    never stopped.
+    never stopped; of the events (`recovery`: 1, 2, ...), those that come after the first `recoveries`.
     """
 
-    def __init__(self, folder: Path, config: dict, compute: Compute, resume_step: int | None = None, wandb_name: str = ""):
+    def __init__(self, folder: Path, config: dict, compute: Compute, resume_step: int | None = None, recoveries: int = 0,
+                 wandb_name: str = ""):
         self.folder, self.active = folder, compute.is_main
         self._wandb = NullLogger()
         if not self.active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "log.jsonl"
-        kept = [] if resume_step is None else [r for r in read_log(folder) if r.get("step", 0) < resume_step]
-        write_lines(self._path, kept)
+        self._keep(-1 if resume_step is None else resume_step, recoveries)
         write_json(folder / "config.json", {"environment": environment_record(compute), **config})
         self._wandb = wandb_logger(wandb_name, config)
         self._file = open(self._path, "a", buffering=1)
@@ -214,8 +215,15 @@ class RunLog:
         """Drop the records from `step` on, but for events: the run has gone back there."""
         if self.active:
             self._file.close()
-            write_lines(self._path, [r for r in read_log(self.folder) if r["step"] < step or "event" in r])
+            self._keep(step, math.inf)
             self._file = open(self._path, "a", buffering=1)
+
+    def _keep(self, step: int, recoveries: float) -> None:
+        lines = [json.dumps(r) + "\n" for r in read_log(self.folder)
+                 if (r["recovery"] <= recoveries if "recovery" in r else r["step"] < step)]
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text("".join(lines))
+        os.replace(temporary, self._path)
 
     def finish(self, **result) -> None:
         if self.active:
@@ -225,21 +233,17 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The records of `log.jsonl`; a torn last line (a killed run) is left out."""
+    """The records of `log.jsonl`, up to the first line that is none: a killed run may leave a torn one at the end."""
     path, records = Path(folder) / "log.jsonl", []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not (isinstance(record, dict) and type(record.get("step")) is type(record.get("recovery", 0)) is int):
+            break
+        records.append(record)
     return records
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
-    os.replace(temporary, path)
 
 
 class Stopwatch:

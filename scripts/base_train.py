@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from jel.actions import IDENTITY, apply_multipliers
+from jel.actions import IDENTITY, apply_multipliers, validate_multipliers
 from jel.controller import Controller, load_controller
 from jel.errors import JelError
-from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, set_rng_state
+from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, set_rng_state, untrusted
 from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, format_seconds, init_compute, print0, run_main,
                              seed_everything)
 from nanochat.dataloader import DataLoader, fixed_batches
@@ -30,7 +30,7 @@ from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.loss_eval import bits_per_byte
-from nanochat.recovery import DivergenceGuard
+from nanochat.recovery import REACH, DivergenceGuard
 from nanochat.schedule import base_hparams, set_momentum
 from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
@@ -216,9 +216,16 @@ def main() -> int:
 
     def observe() -> dict[str, float]:
         """What the controller declared that it needs, and nothing else."""
-        values = {"progress": lambda: step / num_iterations, "step": lambda: step, "train_loss": lambda: train_loss,
+        good_loss = guard.recent[-1] if skip and guard.recent else train_loss  # not that of a batch that is left out
+        values = {"progress": lambda: step / num_iterations, "step": lambda: step, "train_loss": lambda: good_loss,
                   "grad_norm": lambda: global_grad_norm(plain_model, compute), "probe_loss": probe_loss}
         return {name: float(values[name]()) for name in controller.observes}
+
+    def loss_of(step: int) -> float:
+        """Training loss of the batch of `step` under the present weights."""
+        with torch.no_grad(), compute.autocast():
+            losses = [model(*loader.get(step, micro_step)) for micro_step in range(accumulation)]
+        return mean_over_ranks(sum(losses) / accumulation, compute)
 
     def probe_loss() -> float:
         with evaluating():
@@ -236,36 +243,40 @@ def main() -> int:
 
     def restore(saved: dict) -> None:
         nonlocal multipliers, smooth_loss, train_loss, seconds, decision_seconds
-        check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
-        check_tensors(plain_model.state_dict(), saved["model"], f"checkpoint in {folder}")
-        plain_model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if controller:
-            controller.load_state_dict(saved["controller"])
-        multipliers, smooth_loss, train_loss, seconds, decision_seconds = (
-            saved[k] for k in ("multipliers", "smooth_loss", "train_loss", "seconds", "decision_seconds"))
-        set_rng_state(saved["rng"], compute.device)
+        with untrusted(f"checkpoint in {folder}"):
+            check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
+            check_tensors(plain_model.state_dict(), saved["model"], f"checkpoint in {folder}")
+            plain_model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            if controller:
+                controller.load_state_dict(saved["controller"])
+            validate_multipliers(saved["multipliers"], [group["name"] for group in groups])
+            multipliers, decision_seconds = saved["multipliers"], [float(s) for s in saved["decision_seconds"]]
+            smooth_loss, train_loss, seconds = (float(saved[k]) for k in ("smooth_loss", "train_loss", "seconds"))
+            set_rng_state(saved["rng"], compute.device)
 
     def save(step: int) -> None:
         everything = state()
-        if writer:
+        if writer and all(t.isfinite().all() for t in everything["model"].values()):  # broken weights are no way back
             writer.save(step, everything)
 
     step, smooth_loss, train_loss, seconds, decision_seconds = 0, math.nan, math.nan, 0.0, []
-    writer = CheckpointWriter(folder / "checkpoints") if compute.is_main else None
+    keep = 2 + REACH // max(1, args.save_every)  # one of them older than any damage that has not shown yet
+    writer = CheckpointWriter(folder / "checkpoints", keep) if compute.is_main else None
     guard = DivergenceGuard(args.max_recoveries)
     resumed = load_checkpoint_together(folder / "checkpoints", compute) if args.resume == "auto" else None
     if resumed:
         step, saved = resumed
         restore(saved)
-        guard.load_state_dict(saved["guard"])
+        with untrusted(f"checkpoint in {folder}"):
+            guard.load_state_dict(saved["guard"])
         print0(f"resumed at step {step} from {folder / 'checkpoints'}")
     elif args.save_every:
         save(0)  # so that there is always something to go back to
 
     log = RunLog(folder, {"flags": vars(args), "model": vars(config), "parameters": n_params, "data": corpus_record(data),
                           "tokenizer": tokenizer.fingerprint, "num_iterations": num_iterations},
-                 compute, resume_step=step if resumed else None, wandb_name=args.run)
+                 compute, resume_step=step if resumed else None, recoveries=guard.tries, wandb_name=args.run)
 
     # -------------------------------------------------------------------------
     # loop
@@ -287,23 +298,26 @@ def main() -> int:
             (loss / accumulation).backward()
             micro_loss = loss.detach() if micro_step == 0 else micro_loss + loss.detach()
 
-        train_loss = mean_over_ranks(micro_loss / accumulation, compute)
+        # NaN if a gradient is not finite, else 0: a broken gradient counts as a broken loss
+        broken = 0.0 * torch.nn.utils.get_total_norm([p.grad for p in plain_model.parameters()])
+        train_loss = mean_over_ranks(micro_loss / accumulation + broken, compute)
         skip = step in guard.skipped
         if not skip and guard.is_spike(train_loss):
-            with torch.no_grad(), compute.autocast():
-                next_loss = mean_over_ranks(model(*loader.get(step + 1)), compute)
-            if guard.is_spike(next_loss):  # the weights are damaged
-                line = guard.cut(step, train_loss, guard.limit(multipliers))
-                step, saved = older_checkpoint(folder, step, writer, compute)
+            guard.count(step, train_loss)
+            if guard.is_spike(loss_of(guard.witness(step))):  # the weights are damaged
+                plain_model.zero_grad(set_to_none=True)
+                back, saved = older_checkpoint(folder, guard.reach(step), writer, compute)
+                line = guard.cut(step, train_loss, guard.limit(multipliers), saved["multipliers"] if back else {})
+                step = back
                 restore(saved)
                 guard.rewind(saved["guard"])
+                watch = Stopwatch(num_iterations, done=step)
                 log.rewind(step)
-                log.log(step=step, event=line)
+                log.log(step=step, event=line, recovery=guard.tries)
                 print0(f"{line}; back to step {step}")
-                plain_model.zero_grad(set_to_none=True)
                 continue
             line, skip = guard.skip(step, train_loss), True
-            log.log(step=step, event=line)
+            log.log(step=step, event=line, recovery=guard.tries)
             print0(line)
 
         t_hook = time.perf_counter()
@@ -318,7 +332,7 @@ def main() -> int:
         set_momentum(groups, step)
         if not skip:
             optimizer.step()
-            guard.accept(train_loss)
+            guard.accept(step, train_loss)
             smooth_loss = train_loss if math.isnan(smooth_loss) else 0.9 * smooth_loss + 0.1 * train_loss
         plain_model.zero_grad(set_to_none=True)
         seconds_step = time.perf_counter() - t0
@@ -388,7 +402,7 @@ def check_batch(args: argparse.Namespace, tokens_per_micro_step: int) -> None:
 
 
 def load_checkpoint_together(folder: Path, compute: Compute, before: float = math.inf) -> tuple[int, dict] | None:
-    """The newest whole checkpoint (of a step up to `before`), chosen by rank 0 and loaded by all."""
+    """The newest whole checkpoint (of a step up to `before`, if there is one), chosen by rank 0 and loaded by all."""
     found = load_checkpoint(folder, before=before) if compute.is_main else None
     if compute.world_size == 1:
         return found
@@ -399,13 +413,13 @@ def load_checkpoint_together(folder: Path, compute: Compute, before: float = mat
     return load_checkpoint(folder, step=int(chosen))
 
 
-def older_checkpoint(folder: Path, step: int, writer: CheckpointWriter | None, compute: Compute) -> tuple[int, dict]:
-    """The newest checkpoint that is old enough not to hold the damage that shows at `step`."""
+def older_checkpoint(folder: Path, before: int, writer: CheckpointWriter | None, compute: Compute) -> tuple[int, dict]:
+    """The newest checkpoint of a step up to `before`, or the oldest if all are later."""
     if writer:
         writer.wait()
-    found = load_checkpoint_together(folder / "checkpoints", compute, before=max(0, step - 5))  # damage shows within a few steps
+    found = load_checkpoint_together(folder / "checkpoints", compute, before)
     if found is None:
-        raise UserError(f"the run diverged at step {step} and has no checkpoint to go back to; give --save-every, or lower the learning rates")
+        raise UserError("the run diverged and has no checkpoint to go back to; give --save-every, or lower the learning rates")
     return found
 
 
