@@ -97,7 +97,7 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-MAY_CHANGE = {"resume", "run", "device_batch_size", "save_every", "device_type", "sample_tokens"}
+MAY_CHANGE = {"resume", "run", "model_tag", "device_batch_size", "save_every", "device_type", "sample_tokens"}
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Controller | None]:

@@ -88,7 +88,7 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-MAY_CHANGE = {"resume", "run", "save_every", "device_type", "episode_chunk"}  # ... when a run goes on
+MAY_CHANGE = {"resume", "run", "model_tag", "save_every", "device_type", "episode_chunk"}  # ... when a run goes on
 
 
 def main() -> int:

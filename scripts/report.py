@@ -96,7 +96,8 @@ def report_text(evidence: Evidence, figures: set[str]) -> str:
     parts += [tables.markdown(tables.table_3(evidence))] if "schedule_free" in evidence.sweeps else ["Not measured."]
     if "hand_tuned" in evidence.sweeps:
         parts += ["## Tuning of the hand-tuned upper bound", tables.markdown(tables.tuning_table(evidence)),
-                  f"Its budget: these {len(evidence.sweeps['hand_tuned']['rows'])} settings, best by validation bpb."]
+                  f"Its budget: these {len(evidence.sweeps['hand_tuned']['rows'])} settings, best by validation bpb, "
+                  "around a centre that earlier single runs found (listed in scripts/sweep.py)."]
 
     parts += ["## Costs", tables.markdown(tables.cost_table(evidence)),
               "\"Runs\" are run equivalents: multiples of one deployed JEL run, by training tokens and by measured "

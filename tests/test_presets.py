@@ -1,0 +1,83 @@
+"""The presets name real flags, and the paper's numbers stand on the argparse lines."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+from nanochat.common import UserError
+from scripts import base_train, meta_train, presets, sweep
+
+SCRIPTS = {"base_train": base_train.flags, "meta_train": meta_train.flags, "sweep": lambda: with_required(sweep.flags())}
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def with_required(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    for action in parser._actions:
+        action.required = False
+    return parser
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_presets_name_flags_and_flags_win(preset, script):
+    args = presets.parse_with_preset(SCRIPTS[script](), script, ["--preset", preset, "--data", "given"])
+    expected = presets.PRESETS[preset].get(script, {})
+    assert all(getattr(args, key) == value for key, value in expected.items() if key != "data")
+    assert args.data == "given" and args.preset == preset
+
+
+def test_a_preset_with_an_unknown_key_is_refused(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS["smoke"], "base_train", {"no_such_flag": 1})
+    with pytest.raises(UserError, match="no_such_flag"):
+        presets.parse_with_preset(base_train.flags(), "base_train", ["--preset", "smoke"])
+
+
+def test_auto_is_tiny_without_a_gpu_and_paper_with_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert presets.resolve_preset("auto") == "tiny"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert presets.resolve_preset("auto") == "paper"
+
+
+def test_the_paper_preset_is_table_2():
+    a = presets.parse_with_preset(meta_train.flags(), "meta_train", ["--preset", "paper"])
+    assert (a.policy_hidden, a.policy_lr, a.initial_log_std, a.action_range) == (64, 3e-4, -0.5, 100)
+    assert (a.gamma, a.clip, a.entropy_coef, a.ppo_epochs, a.minibatch_size) == (0.99, 0.2, 0.0, 4, 64)
+    assert (a.decision_interval, a.num_iterations, a.updates, a.episodes) == (50, 561, 50, 8)
+    assert (a.probe_batches, a.gradient_penalty, a.smoothness_penalty) == (4, 0.0, 0.0)
+    assert a.episode_seq_len == 128 and a.episode_seq_len * a.episode_batch_size == 4096
+    b = presets.parse_with_preset(base_train.flags(), "base_train", ["--preset", "paper"])
+    assert (b.depth, b.total_batch_size, b.max_seq_len, b.warmdown_ratio) == (6, 524288, 2048, 0.4)
+    assert (b.base_lr, b.base_wd, b.sf_lr, b.sf_wd, b.sf_warmup) == (1e-3, 1e-2, 2.0, 0.0, 0)
+    assert round(b.target_param_data_ratio * 73_531_692 / b.total_batch_size) == 561
+
+
+def test_every_command_in_the_readme_parses():
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^python -m scripts\.(.*)$", README, re.M)]
+    assert commands
+    for script, *flags in commands:
+        if script in SCRIPTS:
+            presets.parse_with_preset(SCRIPTS[script](), script, flags)
+        else:
+            assert (Path(__file__).parent.parent / "scripts" / f"{script}.py").exists()
+
+
+def test_the_loop_in_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    model, total, seen = nn.Linear(4, 1), 120, []
+
+    def forward_backward():
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        seen.append(optimizer.param_groups[0]["lr"])
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    exec(code.replace("...", "forward_backward()", 1), {"optimizer": optimizer, "total": total, "forward_backward": forward_backward})
+    assert len(seen) == total and len(set(seen)) >= 3  # the base rate, then a new one at each decision
