@@ -53,7 +53,7 @@ def collect(task: EpisodeTask, policy: GaussianPolicy, group: int, episodes: int
             stop_requested: Callable[[], bool] = lambda: False) -> tuple[Rollout, Tensor]:
     """Run the group's episodes under actions sampled from the policy -> (rollout, probe losses (E, K + 1)).
 
-    `chunk`: episodes side by side. `generator` must be in the same state on all ranks. Raises `Interrupted` when
+    `chunk`: episodes side by side. It and the state of `generator` must be the same on all ranks. Raises `Interrupted` when
     `stop_requested()` (checked at every decision) says so.
     """
     decisions = decision_steps(task.num_steps, interval)
@@ -66,14 +66,17 @@ def collect(task: EpisodeTask, policy: GaussianPolicy, group: int, episodes: int
     readings = torch.zeros(episodes, 2 * len(decisions) + 1)                               # K + 1 losses, K norms
     share = -(-episodes // world_size)
     mine = range(min(rank * share, episodes), min((rank + 1) * share, episodes))
-    for first_episode in range(mine.start, mine.stop, chunk):
-        those = range(first_episode, min(first_episode + chunk, mine.stop))
+    for first_episode in range(mine.start, mine.start + share, chunk):  # as often on a rank with fewer: they stop together
+        those = mine[first_episode - mine.start:][:chunk]
         rows = slice(those.start, those.stop)
-        task.reset(group, those)
-        readings[rows, 0] = task.probe_loss().cpu()
+        if those:
+            task.reset(group, those)
+            readings[rows, 0] = task.probe_loss().cpu()
         for k, (first_step, steps) in enumerate(decisions):
             if stop_requested():
                 raise Interrupted
+            if not those:
+                continue
             task.train(first_step, steps, multipliers(scales[rows, k]))
             readings[rows, k + 1] = task.probe_loss().cpu()
             if lambda_g:

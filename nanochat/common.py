@@ -6,6 +6,7 @@ Nothing here runs at import: a script calls `init_compute` once and passes the r
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -31,11 +32,17 @@ class UserError(Exception):
 
 
 def run_main(main, *also: type[Exception]) -> None:
-    """Run an entry point: a `UserError` (or one of `also`) becomes one line on stderr and exit status 2, Ctrl-C 130."""
+    """Run an entry point: a `UserError` (or one of `also`) and a full disk become one line on stderr and exit status 2, Ctrl-C 130."""
     try:
         code = main()
     except (UserError, *also) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: no room to write ({e}); make some, then run the same command again (training: with --resume auto)",
+              file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -72,6 +79,11 @@ class Compute:
     def synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier()
 
 
 def init_compute(device_type: str = "") -> Compute:
@@ -149,7 +161,7 @@ def read_json(path: Path, what: str = "file"):
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{what} {path} cannot be read as JSON ({e})") from None
 
 
@@ -238,7 +250,7 @@ def read_log(folder: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not (isinstance(record, dict) and type(record.get("step")) is type(record.get("recovery", 0)) is int):
             break

@@ -37,7 +37,7 @@ from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.tokens import TokenCache
 from nanochat.weights import save_weights
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.runs import check_same_flags, is_finished, resumable_flags, run_folder
+from scripts.runs import check_same_flags, hold, is_finished, resumable_flags, run_folder
 
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
@@ -119,6 +119,7 @@ def main() -> int:
     seed_everything(derive_seed(args.seed, "init"))
     stop = StopRequest(compute)
     folder = run_folder(args.model_tag or f"d{args.depth}")
+    lock = hold(folder, compute, wait=args.resume == "auto")  # until this process ends
     if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
@@ -351,6 +352,7 @@ def main() -> int:
         if leaving:
             if writer:
                 writer.close()
+            compute.barrier()  # when one rank leaves, torchrun ends the others
             print0(f"stopped after {step} steps; run the same command with --resume auto to go on")
             return REQUEUE_EXIT_CODE
 

@@ -20,16 +20,16 @@ from jel.meta import MetaConfig, MetaTrainer
 from jel.policy import GaussianPolicy, save_policy
 from jel.rollout import Interrupted
 from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
-from nanochat.checkpoint import CheckpointWriter, load_checkpoint
-from nanochat.common import (RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute, print0, run_main,
-                             seed_everything)
+from nanochat.checkpoint import CheckpointWriter, load_checkpoint, untrusted
+from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute, print0,
+                             run_main, seed_everything)
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
 from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.tokens import TokenCache
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.runs import check_same_flags, is_finished, resumable_flags, run_folder
+from scripts.runs import check_same_flags, hold, is_finished, resumable_flags, run_folder
 
 ADVANTAGES = {"group": group_advantages, "standard": standard_grpo_advantages}
 
@@ -108,6 +108,7 @@ def main() -> int:
     seed_everything(derive_seed(args.seed, "meta"))
     stop = StopRequest(compute)
     folder = run_folder(args.model_tag)
+    lock = hold(folder, compute, wait=args.resume == "auto")  # until this process ends
     if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
@@ -126,7 +127,7 @@ def main() -> int:
                         probe_batches=args.probe_batches, base_lr=args.base_lr, base_wd=args.base_wd, schedule=schedule,
                         seed=args.seed, shared=args.episode_starts == "shared")
     share = -(-args.episodes // compute.world_size)
-    each, free = episode_bytes(config, args.episode_batch_size), free_bytes(compute.device)
+    each, free = episode_bytes(config, args.episode_batch_size), least_over_ranks(free_bytes(compute.device), compute)
     chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
     print0(f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)")
 
@@ -149,9 +150,11 @@ def main() -> int:
         resumed = load_checkpoint(folder / "checkpoints")
     if resumed:
         done, saved = resumed
-        check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
-        trainer.load_state_dict(saved["trainer"])
-        seconds, records = saved["seconds"], saved["records"]
+        with untrusted(f"checkpoint in {folder}"):
+            check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
+            trainer.load_state_dict(saved["trainer"])
+            seconds = float(saved["seconds"])
+            records = [{key: float(record[key]) for key in ("entropy", "return_mean")} for record in saved["records"]]
         print0(f"resumed at update {done} from {folder / 'checkpoints'}")
     writer = CheckpointWriter(folder / "checkpoints") if compute.is_main else None
 
@@ -190,6 +193,7 @@ def main() -> int:
         save()
         if writer:
             writer.close()
+        compute.barrier()  # when one rank leaves, torchrun ends the others
         print0(f"stopped after update {trainer.updates}; run the same command with --resume auto to go on")
         return REQUEUE_EXIT_CODE
 
@@ -207,6 +211,13 @@ def main() -> int:
                    flags=resumable_flags(args, MAY_CHANGE))
     print0(f"done: {args.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
     return 0
+
+
+def least_over_ranks(value: int, compute: Compute) -> int:
+    least = torch.tensor(value, device=compute.device)
+    if compute.world_size > 1:
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
 
 
 if __name__ == "__main__":

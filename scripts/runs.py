@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
-from nanochat.common import UserError, base_dir, read_json
+from nanochat.common import Compute, UserError, base_dir, print0, read_json
 
 
 def run_folder(tag: str) -> Path:
@@ -17,6 +19,26 @@ def run_folder(tag: str) -> Path:
     if root not in folder.parents:
         raise UserError(f"--model-tag {tag!r} does not name a folder inside {root}")
     return folder
+
+
+def hold(folder: Path, compute: Compute, wait: bool) -> IO | None:
+    """Keep other processes from training in `folder` for as long as the file that this returns is open.
+
+    If one does already (say, a rank that outlived its torchrun), wait for it to end, or raise `UserError`. Collective.
+    """
+    lock = None
+    if compute.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another process is training in {folder}; give another --model-tag, or wait for it to end") from None
+            print0(f"waiting for the process that is training in {folder} to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    compute.barrier()
+    return lock
 
 
 def resumable_flags(args: argparse.Namespace, may_change: set[str]) -> dict:

@@ -52,8 +52,8 @@ SCHEDULE_FREE = [(0.5, 0.00, 0), (0.5, 0.01, 0), (1.0, 0.00, 0), (1.0, 0.01, 0),
 #     0.06       0.06        0.004     0.1      0               2.069
 #     0.06       0.15        0.008     0.1      0               2.066
 HAND_TUNED_RATES = {"--matrix-lr": 0.06, "--embedding-lr": 0.1, "--unembedding-lr": 0.008, "--scalar-lr": 0.1}
-HAND_TUNED = [(0.5, 0.0), (0.5, 0.005), (0.7, 0.0), (0.7, 0.005),    # lr scale, weight decay
-              (1.0, 0.0), (1.0, 0.005), (1.4, 0.0), (1.4, 0.005)]
+HAND_TUNED = [(0.7, 0.0), (0.7, 0.005), (1.0, 0.0), (1.0, 0.005),  # lr scale, weight decay
+              (1.4, 0.0), (1.4, 0.005), (2.0, 0.0), (2.0, 0.005)]
 
 # A setting is judged by its end (only the methods' curves are drawn), and as it is: a run mended by lower rates
 # would be another setting's, so one that diverges is recorded as diverged.

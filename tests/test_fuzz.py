@@ -1,0 +1,287 @@
+"""Whatever a file or a flag holds: it is used, or refused in one line of the project's own; never a traceback, never a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from jel.actions import apply_multipliers
+from jel.errors import JelError
+from jel.policy import GaussianPolicy, _digest, load_policy, policy_files, save_policy
+from jel.schedule import ScheduleController, export_schedule, load_schedule
+from nanochat.checkpoint import load_checkpoint, save_checkpoint
+from nanochat.common import UserError, read_log, run_main
+from nanochat.dataset import iter_texts, split_shards
+from nanochat.tokenizer import Tokenizer
+from scripts import base_eval, base_train, meta_train, sweep, sweep_runs
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just(10**400), st.just([]), st.just({}),
+                 st.lists(st.floats(), max_size=2), st.dictionaries(st.text(max_size=3), st.none(), max_size=2))
+BYTES = st.tuples(st.sampled_from(["flip", "cut", "insert", "all"]), st.floats(0, 1), st.binary(min_size=1, max_size=8))
+CHANGE = st.tuples(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.sampled_from(["set", "set", "drop", "add"]), JUNK)
+
+
+def examples(number: int):
+    return settings(max_examples=number, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@contextlib.contextmanager
+def own_errors(seconds: int = 20):
+    """What is done inside works, or ends in one of our own errors, of one line, within so many seconds."""
+    def late(*_):
+        raise AssertionError(f"no end after {seconds} s")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    except (UserError, JelError) as e:
+        assert str(e) and len(str(e).splitlines()) == 1, str(e)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def mutated(data: bytes, change) -> bytes:
+    how, where, junk = change
+    at = int(where * (len(data) - 1))
+    if how == "flip":
+        return data[:at] + junk + data[at + len(junk):]
+    return {"cut": data[:at], "insert": data[:at] + junk + data[at:], "all": junk}[how]
+
+
+def altered(whole, change):
+    """A copy of the tree with one place in it set to junk, dropped, or joined by junk; now and then junk instead of it."""
+    path, how, junk = change
+    if path[0] % 20 == 0:
+        return junk
+    whole = copy.deepcopy(whole)
+    tree = whole
+    for depth, i in enumerate(path):
+        keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+        if not keys:
+            break
+        key = keys[i % len(keys)]
+        if isinstance(tree[key], (dict, list)) and depth < len(path) - 1:
+            tree = tree[key]
+        else:
+            if how == "drop":
+                del tree[key]
+            elif how == "add" and isinstance(tree, dict):
+                tree["junk"] = junk
+            else:
+                tree[key] = junk
+            break
+    return whole
+
+
+# -----------------------------------------------------------------------------
+# policies and schedules
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("policy") / "p"
+    save_policy(GaussianPolicy(seed=1, hidden=8), path, {"seed": 1})
+    return path
+
+
+@examples(150)
+@given(file=st.booleans(), change=BYTES)
+def test_policies_of_other_bytes(policy, tmp_path, file, change):
+    for path, is_mutated in zip(policy_files(policy), (file, not file)):
+        (tmp_path / path.name).write_bytes(mutated(path.read_bytes(), change) if is_mutated else path.read_bytes())
+    with own_errors():
+        load_policy(tmp_path / "p")
+
+
+@examples(150)
+@given(change=CHANGE, data=BYTES)
+def test_policies_with_a_card_that_vouches_for_them(policy, tmp_path, change, data):
+    """The card's own values are hostile, and its hash is that of hostile weights."""
+    weights, card = policy_files(policy)
+    hostile = altered(json.loads(card.read_text()), change)
+    raw = mutated(weights.read_bytes(), data) if data[1] < 0.5 else weights.read_bytes()
+    if isinstance(hostile, dict) and "sha256" in hostile and isinstance(hostile.get("action_range"), float):
+        hostile["sha256"] = _digest(raw, hostile["action_range"])
+    (tmp_path / "p.safetensors").write_bytes(raw)
+    (tmp_path / "p.json").write_text(json.dumps(hostile))
+    with own_errors():
+        load_policy(tmp_path / "p")
+
+
+@examples(200)
+@given(change=CHANGE, data=st.none() | BYTES, progress=st.floats(0, 1, exclude_max=True))
+def test_schedules(tmp_path, change, data, progress):
+    text = json.dumps(altered(export_schedule(GaussianPolicy(hidden=4), [0.0, 0.5]), change))
+    (tmp_path / "s.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
+    with own_errors():
+        controller = ScheduleController(load_schedule(tmp_path / "s.json"))
+        apply_multipliers([{"name": "wte"}], [{"lr": 1.0, "weight_decay": 0.1}], controller.decide({"progress": progress}))
+
+
+# -----------------------------------------------------------------------------
+# text and tokens
+
+@examples(80)
+@given(change=BYTES)
+def test_shards(corpus, tmp_path, change):
+    shutil.copytree(corpus, tmp_path / "shards", dirs_exist_ok=True)
+    path = sorted((tmp_path / "shards").iterdir())[0]
+    path.write_bytes(mutated(path.read_bytes(), change))
+    with own_errors():
+        for shard in (lambda train, val: [*train, val])(*split_shards(tmp_path / "shards")):
+            for texts in iter_texts(shard):
+                assert all(isinstance(text, str) for text in texts)
+
+
+@examples(150)
+@given(change=CHANGE, data=st.none() | BYTES)
+def test_tokenizers(base, tmp_path, change, data):
+    text = json.dumps(altered(json.loads((base / "tokenizer" / "smoke" / "tokenizer.json").read_text()), change))
+    (tmp_path / "tokenizer.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
+    with own_errors():
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer.decode(tokenizer.encode("def f(x): return 1234  # text\n\n")) == "def f(x): return 1234  # text\n\n"
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+@pytest.fixture(scope="module")
+def run(base, corpus):
+    """`run(module, *flags)`: a script in this process, as run_main runs it; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def script(module, *flags):
+            patch.setattr(sys, "argv", [module.__name__, *flags])
+            with own_errors(), pytest.raises(SystemExit) as end:
+                run_main(module.main, JelError)
+            return end.value.code
+        yield script
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(base, corpus, run):
+    """A run's folder, and the flags that made it."""
+    flags = ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--eval-every", "0", "--sample-tokens", "0",
+             "--save-every", "5", "--controller", "tests.test_fuzz:Counter"]
+    assert run(base_train, *flags, "--model-tag", "fuzz/whole") in (0, None)
+    return base / "runs" / "fuzz" / "whole", flags
+
+
+class Counter:
+    observes = ("step",)
+    decisions = 0
+
+    def decide(self, observation):
+        self.decisions += 1
+        return {"*": {"lr": 1 / self.decisions}}
+
+    def state_dict(self):
+        return {"decisions": self.decisions}
+
+    def load_state_dict(self, state):
+        self.decisions = state["decisions"]
+
+
+@examples(25)
+@given(change=CHANGE, tensor=st.sampled_from([None, None, torch.ones(3), torch.tensor(math.nan), torch.ones(2, 2, dtype=torch.int8)]))
+def test_checkpoints_with_a_manifest_that_vouches_for_them(finished, run, capsys, change, tensor):
+    folder, flags = finished
+    torn = folder.parent / "torn"
+    shutil.rmtree(torn, ignore_errors=True)
+    shutil.copytree(folder, torn)
+    (torn / "result.json").unlink()
+    step, state = load_checkpoint(torn / "checkpoints")
+    state = altered(state, (*change[:2], tensor if tensor is not None else change[2]))
+    if isinstance(state, dict):
+        save_checkpoint(torn / "checkpoints", step, state)
+    code = run(base_train, *flags, "--model-tag", "fuzz/torn", "--resume", "auto")
+    assert code in (0, 2) and (code == 0 or "error: " in capsys.readouterr().err)
+
+
+@examples(60)
+@given(name=st.sampled_from(["result.json", "config.json", "log.jsonl"]), change=CHANGE, data=st.none() | BYTES)
+def test_records_of_runs(finished, run, monkeypatch, name, change, data):
+    folder, flags = finished
+    torn = folder.parent / "records"
+    shutil.rmtree(torn, ignore_errors=True)
+    shutil.copytree(folder, torn)
+    text = (torn / name).read_text()
+    if name.endswith("json"):
+        text = json.dumps(altered(json.loads(text), change))
+    (torn / name).write_bytes(mutated(text.encode(), data) if data else text.encode())
+    with own_errors():
+        read_log(torn)
+    with own_errors():
+        sweep_runs.row_of(sweep_runs.Job("fuzz/records", {}, [], flags))
+    assert run(base_train, *flags, "--model-tag", "fuzz/records", "--resume", "auto") in (0, 2)
+
+
+@examples(40)
+@given(change=CHANGE, data=st.none() | BYTES)
+def test_records_that_are_evaluated(finished, run, change, data):
+    folder, flags = finished
+    torn = folder.parent / "evaluated"
+    torn.mkdir(exist_ok=True)
+    shutil.copy(folder / "model.safetensors", torn)
+    text = json.dumps(altered(json.loads((folder / "config.json").read_text()), change))
+    (torn / "config.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
+    assert run(base_eval, "--model-tag", "fuzz/evaluated", "--eval-tokens", "64", "--max-tokens", "1", "--prompt", "") in (0, 2, None)
+
+
+@examples(60)
+@given(change=CHANGE, data=st.none() | BYTES)
+def test_sweeps_rows(tmp_path, change, data):
+    rows = {"rows": [{"lr": 1.0, "flags": ["--sf-lr", "1.0"], "val_bpb": 2.0}], "best": 0, "runs": 1}
+    text = json.dumps(altered(rows, change))
+    (tmp_path / "sweep_schedule_free.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
+    with own_errors():
+        assert all(isinstance(word, str) for word in sweep.best_flags(tmp_path, "schedule_free"))
+
+
+# -----------------------------------------------------------------------------
+# flags
+
+WORDS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=12)
+INTS = st.sampled_from(["-7", "-1", "0", "1", "2", "3", "5", "16", "33", "64"])
+FLOATS = st.sampled_from(["nan", "inf", "-inf", "-1", "0", "1e-30", "0.5", "1", "2", "1e30"])
+
+
+def flag_of(parser):
+    """Any flag of the parser with any value: small numbers, numbers out of range, words."""
+    values = {int: INTS, float: FLOATS}
+    named = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "run", "preset")]
+    return st.sampled_from(named).flatmap(lambda action: st.tuples(
+        st.just(action.option_strings[0]), st.one_of(values.get(action.type, WORDS), *([st.sampled_from(list(action.choices))] if action.choices else []))))
+
+
+@pytest.mark.parametrize("module, stop", [(base_train, "Stopwatch"), (meta_train, "Stopwatch")])
+def test_flags(base, corpus, run, monkeypatch, capsys, module, stop):
+    """Up to the loop, which is not begun."""
+    def begin(*_, **__):
+        raise UserError("the loop would begin here")
+    monkeypatch.setattr(module, stop, begin)
+
+    @examples(80)
+    @given(flags=st.lists(flag_of(module.flags()), min_size=1, max_size=3))
+    def check(flags):
+        known = ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--model-tag", "fuzz/flags"]
+        assert run(module, *known, *(f"{name}={value}" for name, value in flags)) == 2
+        assert "error: " in capsys.readouterr().err
+    check()

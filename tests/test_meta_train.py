@@ -1,0 +1,125 @@
+"""scripts.meta_train from outside: deaths and stops that leave no trace, ranks that change nothing, one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jel.errors import JelError
+from jel.policy import load_policy
+from nanochat.common import UserError, read_log
+from nanochat.interrupt import REQUEUE_EXIT_CODE
+from scripts import meta_train
+from tests.conftest import ROOT
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def smoke(corpus):
+    return ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--updates", "4", "--episodes", "3", "--resume", "auto"]
+
+
+@pytest.fixture
+def train(base, smoke, monkeypatch):
+    """meta_train in this process; its exit code."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+
+    def run(tag, *flags):
+        monkeypatch.setattr(sys, "argv", ["meta_train", *smoke, "--model-tag", tag, *flags])
+        return meta_train.main()
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def undisturbed(base, train):
+    """What is left by the run that nothing happens to."""
+    assert train("meta-whole") == 0
+    return left(base, "meta-whole")
+
+
+def left(base, tag):
+    """The policy's bytes, and the log and the result without their seconds and paths."""
+    folder = base / "runs" / tag
+    log = [{k: v for k, v in record.items() if k != "seconds"} for record in read_log(folder)]
+    result = json.loads((folder / "result.json").read_text())
+    return (folder / "policy.safetensors").read_bytes(), log, {k: result[k] for k in ("updates", "entropy", "return_mean", "tokens")}
+
+
+def started(base, smoke, tag, *launcher):
+    return subprocess.Popen([sys.executable, "-m", *launcher, "scripts.meta_train", *smoke, "--model-tag", tag], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"})
+
+
+def after_updates(base, tag, number: int, process) -> None:
+    """Wait until so many updates are logged, and the next one is under way."""
+    deadline = time.monotonic() + 60
+    while len(read_log(base / "runs" / tag)) < number:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    time.sleep(0.05)
+
+
+def test_killed_and_stopped_and_resumed_is_undisturbed(base, smoke, train, undisturbed, capsys):
+    killed = started(base, smoke, "meta-torn")
+    after_updates(base, "meta-torn", 1, killed)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not (base / "runs" / "meta-torn" / "result.json").exists()
+
+    stopped = started(base, smoke, "meta-torn")
+    after_updates(base, "meta-torn", 2, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    printed = stopped.communicate(timeout=60)[0]
+    assert stopped.returncode == REQUEUE_EXIT_CODE and "resumed at update 1" in printed, printed
+    done = len(read_log(base / "runs" / "meta-torn"))
+    assert f"stopped after update {done}" in printed and done < 4, printed
+
+    assert train("meta-torn") == 0 and f"resumed at update {done}" in capsys.readouterr().out
+    assert left(base, "meta-torn") == undisturbed
+    before = (base / "runs" / "meta-torn" / "policy.safetensors").stat().st_mtime_ns
+    assert train("meta-torn") == 0 and "already finished" in capsys.readouterr().out
+    assert (base / "runs" / "meta-torn" / "policy.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="--policy-lr 0.0003 -> 0.1"):
+        train("meta-torn", "--policy-lr", "0.1")
+
+
+def test_two_ranks_are_one_and_episodes_may_be_odd(base, smoke, undisturbed):
+    """Three episodes on two ranks, side by side on neither: the ranks have a different number of rounds to do."""
+    pair = started(base, [*smoke, "--episode-chunk", "1"], "meta-pair", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    printed = pair.communicate(timeout=120)[0]
+    assert pair.returncode == 0, printed
+    assert left(base, "meta-pair") == undisturbed
+
+
+def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
+    policy, card = load_policy(base / "runs" / "meta-whole" / "policy")
+    assert policy.is_progress_policy and card["training"]["flags"]["updates"] == 4
+    log = undisturbed[1]
+    assert [record["step"] for record in log] == [0, 1, 2, 3] and all(len(record["returns"]) == 3 for record in log)
+    assert undisturbed[2]["entropy"] == [record["entropy"] for record in log]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--updates", "0"), "--updates is 0; it must be at least 1"),
+    (("--episodes", "-1"), "--episodes is -1"),
+    (("--policy-hidden", "5000"), "hidden"),
+    (("--initial-log-std", "nan"), "initial_log_std is nan"),
+    (("--action-range", "1"), "action_range is 1.0"),
+    (("--tokenizer", "absent"), "tok_train"),
+    (("--data", "/nowhere"), "/nowhere"),
+    (("--model-tag", "../out"), "does not name a folder"),
+    (("--episode-seq-len", "100000"), "too little text"),
+])
+def test_bad_input_is_one_clear_line(train, flags, words):
+    with pytest.raises((UserError, JelError), match=words):
+        train("meta-bad", *flags)
