@@ -39,7 +39,7 @@ class Watcher(Controller):
 
     def decide(self, observation):
         self.seen.append(observation["probe_loss"] + observation["grad_norm"])
-        return {"*": {"lr": 1.0 + 0.01 * (sum(self.seen) % 7), "weight_decay": 1.0}, "wte": {"lr": 0.9}}
+        return {"*": {"lr": 1.0 + 0.01 * (sum(self.seen) % 7), "weight_decay": 1.0}}
 
     def state_dict(self):
         return {"seen": self.seen}

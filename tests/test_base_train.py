@@ -97,11 +97,12 @@ def test_killed_and_resumed_is_undisturbed(base, train, method):
     assert "already finished" in train("torn", *method, "--save-every", "5", "--resume", "auto").stdout
 
 
-def test_micro_batches_and_ranks_change_nothing(base, train):
-    assert train("whole-batch", "--device-batch-size", "4").returncode == 0
-    assert train("micro", "--device-batch-size", "1").returncode == 0
+def test_micro_batches_change_nothing(base, train):
+    """Without the scalars: at init the true gradient of x0_lambdas is 0, and AdamW's first step makes its rounding noise large."""
+    for tag, rows in (("whole-batch", "4"), ("micro", "1")):
+        assert train(tag, "--device-batch-size", rows, "--scalar-lr", "0").returncode == 0
     a, b = (json.loads((base / "runs" / t / "result.json").read_text()) for t in ("whole-batch", "micro"))
-    assert abs(a["train_loss"] - b["train_loss"]) < 1e-3
+    assert abs(a["train_loss"] - b["train_loss"]) < 1e-4
 
 
 @pytest.mark.parametrize("flags, words", [

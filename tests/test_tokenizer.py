@@ -160,7 +160,7 @@ def train(tmp_path, monkeypatch):
         pq.write_table(pa.table({"text": texts}), tmp_path / "data" / f"{i}.parquet")
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["tok_train", "--data", str(tmp_path / "data"), *flags])
+        monkeypatch.setattr(sys, "argv", ["tok_train", "--preset", "paper", "--data", str(tmp_path / "data"), *flags])
         tok_train.main()
     return run
 
