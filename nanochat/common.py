@@ -6,6 +6,7 @@ Nothing here runs at import: a script calls `init_compute` once and passes the r
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -32,17 +33,15 @@ class UserError(Exception):
 
 
 def run_main(main, *also: type[Exception]) -> None:
-    """Run an entry point: a `UserError` (or one of `also`) and a full disk become one line on stderr and exit status 2, Ctrl-C 130."""
+    """Run an entry point and exit. One line on stderr and status 2: a `UserError`, one of `also`, and what the system
+    refuses (no room on the disk, no permission, no memory on the GPU). Ctrl-C: status 130.
+    """
     try:
         code = main()
-    except (UserError, *also) as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        code = 2
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"error: no room to write ({e}); make some, then run the same command again (training: with --resume auto)",
-              file=sys.stderr, flush=True)
+    except (UserError, OSError, torch.OutOfMemoryError, *also) as e:
+        room = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; make room, then run the same command again (training: with --resume auto)" if room else ""
+        print(f"error: {' '.join(str(e).split())}{advice}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -105,9 +104,24 @@ def init_compute(device_type: str = "") -> Compute:
         torch._dynamo.config.recompile_limit = 64  # one program per matrix shape, and a sweep of models in one process
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return Compute(rank, world_size, device)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed instead of giving it back to the kernel. Does nothing where it is not glibc.
+
+    By default every tensor of more than some 100 kB is fresh memory from the kernel, which clears it page by page:
+    thousands of page faults a step. From here on memory that was once used is used again, and never given back.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes)
+        mallopt(parameter, value)
 
 
 def print0(*args, **kwargs) -> None:
@@ -194,7 +208,10 @@ def wandb_logger(name: str, config: dict, project: str = "nanochat"):
     """A wandb run called `name`, or a `NullLogger` for `""` and `"dummy"` (off)."""
     if name in ("", "dummy"):
         return NullLogger()
-    import wandb
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--run {name} needs wandb, which is not installed: pip install wandb, or --run dummy") from None
     return wandb.init(project=project, name=name, config=config)
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from nanochat import attention as attn_kernels
 from nanochat.cross_entropy import ChunkedLoss, cross_entropy, mean_loss, softcapped_logits
 from nanochat.optim import MuonAdamW
+from nanochat.pointwise import mix, mlp, norm, rotary_norm
 
 VE_GATE_CHANNELS = 32  # the gate of the value embeddings reads this many channels of the block input
 
@@ -40,33 +41,27 @@ class GPTConfig:
         return cls(n_layer=depth, n_head=width // head_dim, n_kv_head=width // head_dim, n_embd=width, **rest)
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last axis, without a learned scale."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate (..., T, heads, D) by minus theta, halves split; cos and sin (T, 1, D/2) in fp32."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
-
-
 def has_value_embedding(layer: int, n_layer: int) -> bool:
     """Every second layer, counted so that the last one has one."""
     return layer % 2 == (n_layer - 1) % 2
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., in), weight (out, in) -> (..., out); with runs x (R, ..., in), weight (R, out, in)."""
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+
+
 class Linear(nn.Module):
-    """x (..., in) -> (..., out) without bias; with runs x (R, ..., in) and weight (R, out, in)."""
+    """`linear` with a weight of its own."""
 
     def __init__(self, lead: tuple[int, ...], n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*lead, n_out, n_in))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.dim() == 2:
-            return F.linear(x, self.weight)
-        return torch.bmm(x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -86,7 +81,8 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, window: int, lead: tuple[int, ...]):
         super().__init__()
-        self.layer, self.window, self.head_dim = layer, window, config.n_embd // config.n_head
+        self.layer, self.window, self.n_head, self.n_kv_head = layer, window, config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
         width, kv_width = config.n_embd, config.n_kv_head * self.head_dim
         self.c_q = Linear(lead, width, width)
         self.c_k = Linear(lead, width, kv_width)
@@ -96,13 +92,16 @@ class Attention(nn.Module):
             self.ve_gate = Linear(lead, VE_GATE_CHANNELS, config.n_kv_head)
 
     def forward(self, x, ve, cos, sin, backend, kv_cache):  # x (..., T, C), ve (..., T, K * D) or None
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.c_q, self.c_k, self.c_v))  # (..., T, H, D)
+        weights = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight], dim=-2)  # one product, not three
+        qkv = linear(x, weights).unflatten(-1, (-1, self.head_dim))  # (..., T, H + 2 K, D)
+        qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=-2)
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (..., T, K)
-            v = v + gate.unsqueeze(-1) * ve.unflatten(-1, (-1, self.head_dim))
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
-        lead = q.shape[:-3]
-        q, k, v = (t.flatten(0, -4) for t in (q, k, v))  # runs join the batch: attention has no weights
+            v = torch.addcmul(v, gate.unsqueeze(-1), ve.unflatten(-1, (-1, self.head_dim)))
+        qk = rotary_norm(qk, cos, sin)
+        lead = qk.shape[:-3]
+        qk, v = qk.flatten(0, -4), v.flatten(0, -4)  # runs join the batch: attention has no weights
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=-2)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)
         y = attn_kernels.attention(q, k, v, self.window, backend)
@@ -116,7 +115,9 @@ class MLP(nn.Module):
         self.c_proj = Linear(lead, 4 * width, width)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        if self.c_fc.weight.dim() == 2:
+            return mlp(x.flatten(0, -2)[None], self.c_fc.weight[None], self.c_proj.weight[None])[0].view_as(x)
+        return mlp(x.flatten(1, -2), self.c_fc.weight, self.c_proj.weight).view_as(x)
 
 
 class Block(nn.Module):
@@ -225,13 +226,14 @@ class GPT(nn.Module):
         T = idx.size(-1)
         if start + T > self.config.sequence_len:
             raise ValueError(f"{start + T} tokens do not fit the model's sequence length {self.config.sequence_len}")
-        cos, sin = self.cos[start:start + T], self.sin[start:start + T]
+        heads = self.config.n_head + self.config.n_kv_head
+        cos, sin = (table[start:start + T].expand(-1, heads, -1).contiguous() for table in (self.cos, self.sin))
 
         x = x0 = norm(self.transformer.wte(idx))
+        scalars = (1, 1, 1) if self.runs is None else (-1, 1, 1, 1)
         per_layer = [p.to(x.dtype).unbind(-1) for p in (self.resid_lambdas, self.x0_lambdas)]
         for i, block in enumerate(self.transformer.h):
-            resid, skip = (lam[i] if self.runs is None else lam[i].view(-1, 1, 1, 1) for lam in per_layer)
-            x = resid * x + skip * x0
+            x = mix(x, x0, *(lambdas[i].view(scalars) for lambdas in per_layer))
             ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
             x = block(x, ve, cos, sin, self.backend, kv_cache)
         x = norm(x)

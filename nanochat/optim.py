@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.optim.adamw import adamw
 
 # Polar Express for 5 iterations, safety factor 2e-2, cushion 2 (Amsel et al., arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -18,6 +19,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 SHARD_MIN_NUMEL = 4096  # smaller AdamW tensors are updated by every rank: cheaper than gathering them
+CACHE_ELEMENTS = 1 << 17  # matrix elements that a CPU updates at a time, so that a step's many passes stay in its cache
 
 
 # -----------------------------------------------------------------------------
@@ -37,16 +39,15 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 
     x (N, rows, cols) -> the same shape; singular values end near 1. bf16 on CUDA, the given dtype on CPU.
     """
-    tall = x.size(-2) > x.size(-1)
     if x.is_cuda:
         x = x.bfloat16()
-    x = x.mT if tall else x
+    tall = x.size(-2) > x.size(-1)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        gram = torch.bmm(x, x.mT)
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A A
-        x = torch.baddbmm(x, poly, x, beta=a)                    # a X + (b A + c A A) X
-    return x.mT if tall else x
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)                    # b A + c A A
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)          # a X + (b A + c A A) X
+    return x
 
 
 def muon_update(p, grad, momentum_buffer, second_momentum, lr, weight_decay, momentum, beta2) -> None:
@@ -66,11 +67,11 @@ def muon_update(p, grad, momentum_buffer, second_momentum, lr, weight_decay, mom
     second_momentum.lerp_(variance, 1 - beta2)
     scale = second_momentum.clamp_min(1e-10).rsqrt()
     new_norm = (variance * scale.square()).sum((-2, -1), keepdim=True).sqrt()
-    update = update * (scale * (norm / new_norm.clamp_min(1e-10)))
+    update.mul_(scale * (norm / new_norm.clamp_min(1e-10)))
 
     lr = lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-    agree = (update * p) >= 0
-    p.sub_(update.add_(p * agree * weight_decay).mul_(lr))
+    agree = (update * p).ge_(0)  # 1 or 0
+    p.sub_(update.add_(agree.mul_(p).mul_(weight_decay)).mul_(lr))
 
 
 # -----------------------------------------------------------------------------
@@ -227,16 +228,33 @@ class _AdamWShard(_Shard):
                 self._pending.append(dist.all_reduce(grad, async_op=True))
 
     def update(self, f) -> None:
-        beta1, beta2 = self.group["betas"]
-        for i, (p, grad) in enumerate(zip(self.group["params"], self._grads)):
-            if self.world_size > 1:
+        if self.world_size > 1:
+            for grad in self._grads:
                 grad.div_(self.world_size)
-            bias = [1 - b ** self.steps for b in (beta1, beta2)]
-            if p.is_cuda:
-                bias = [torch.tensor(b, device=p.device) for b in bias]
-            f(self._rows(i, p), grad, self.state[f"exp_avg.{i}"], self.state[f"exp_avg_sq.{i}"],
-              self._hyper("lr", p, p.dim() - 1), self._hyper("weight_decay", p, p.dim() - 1),
-              beta1, beta2, self.group["eps"], *bias)
+        rows = [self._rows(i, p) for i, p in enumerate(self.group["params"])]
+        averages = [[self.state[f"{kind}.{i}"] for i in range(len(rows))] for kind in ("exp_avg", "exp_avg_sq")]
+        if all(fits_one_pass(p, average) for p, average in zip(rows, averages[0])):
+            return self._one_pass(rows, *averages)
+        beta1, beta2 = self.group["betas"]
+        bias = [1 - b ** self.steps for b in (beta1, beta2)]
+        for p, *tensors in zip(rows, self._grads, *averages):
+            correction = [torch.tensor(b, device=p.device) for b in bias] if p.is_cuda else bias
+            f(p, *tensors, self._hyper("lr", p, p.dim() - 1), self._hyper("weight_decay", p, p.dim() - 1),
+              beta1, beta2, self.group["eps"], *correction)
+
+    def _one_pass(self, *tensors) -> None:
+        """PyTorch's fused kernel: one sweep over memory where `adamw_update` takes ten. It takes one rate at a time."""
+        params, exp_avgs, exp_avg_sqs = tensors
+        values = [self.group["lr"], self.group["weight_decay"]]
+        tensors = [params, [g.contiguous() for g in self._grads], exp_avgs, exp_avg_sqs]
+        per_run = any(isinstance(v, torch.Tensor) and v.dim() for v in values)
+        R = params[0].size(0)
+        rates = [v.expand(R).tolist() if isinstance(v, torch.Tensor) else [v] * R for v in values] if per_run else [[float(v)] for v in values]
+        for r, (lr, weight_decay) in enumerate(zip(*rates)):
+            lists = [[t[r] for t in ts] for ts in tensors] if per_run else tensors
+            steps = [torch.tensor(self.steps - 1.0) for _ in params]
+            adamw(*lists, [], steps, fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=weight_decay,
+                  beta1=self.group["betas"][0], beta2=self.group["betas"][1], eps=self.group["eps"])
 
     def gather(self) -> None:
         self._grads = None
@@ -289,12 +307,21 @@ class _MuonShard(_Shard):
         if self.world_size > 1:
             self._grad.div_(self.world_size)
         mine = self._mine(self.stack)
-        matrices = [t.flatten(0, -3) for t in (mine, self._grad, self.state["momentum_buffer"], self.state["second_momentum"])]
-        hyper = [self._hyper(n, mine, 2) for n in ("lr", "weight_decay")]  # per run (R, 1, 1) -> (own * R, 1, 1)
-        hyper = [h.repeat(self.own, 1, 1) if isinstance(h, torch.Tensor) and h.dim() else h for h in hyper]
-        f(*matrices, *hyper, self._hyper("momentum", mine, 2), self.group["beta2"])
+        tensors = [t.flatten(0, -3) for t in (mine, self._grad, self.state["momentum_buffer"], self.state["second_momentum"])]
+        for name in ("lr", "weight_decay"):
+            value = self._hyper(name, mine, 2)
+            per_run = isinstance(value, torch.Tensor) and value.dim()
+            tensors.append(value.repeat(self.own, 1, 1) if per_run else value)  # (R, 1, 1) -> (own * R, 1, 1)
+        momentum, beta2, n = self._hyper("momentum", mine, 2), self.group["beta2"], len(tensors[0])
+        size = n if mine.is_cuda else max(1, CACHE_ELEMENTS // tensors[0][0].numel())
+        for i in range(0, n, size):
+            f(*(t[i:i + size] if isinstance(t, torch.Tensor) and t.dim() else t for t in tensors), momentum, beta2)
 
     def gather(self) -> None:
         self._grad = None
         if self.world_size > 1:
             self._all_gather(self.stack, self._mine(self.stack).clone())
+
+
+def fits_one_pass(p, average):
+    return p.device.type == "cpu" and p.dtype == average.dtype and p.is_contiguous()

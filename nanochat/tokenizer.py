@@ -108,6 +108,8 @@ class Tokenizer:
         try:
             if saved["special_tokens"] != SPECIAL_TOKENS:
                 raise ValueError("its special tokens are not nanochat's")
+            if saved["pattern"] != SPLIT_PATTERN:  # another one may match nothing, or backtrack for ever
+                raise ValueError("its split pattern is not nanochat's")
             pattern, ranks = saved["pattern"], [base64.b64decode(token, validate=True) for token in saved["ranks"]]
             return cls(pattern, ranks)
         except (KeyError, TypeError, ValueError) as e:

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from nanochat.checkpoint import check_tensors, load_model_weights
+from nanochat.checkpoint import check_tensors, load_model_weights, untrusted
 from nanochat.common import UserError, init_compute, print0, read_json, run_main
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import resolve_data
@@ -48,21 +48,27 @@ def main() -> None:
     compute = init_compute(args.device_type)
     folder = run_folder(args.model_tag)
     record = read_json(folder / "config.json", "the run's config")
-    tokenizer = Tokenizer.load(tokenizer_folder(record["flags"]["tokenizer"]))
-    if tokenizer.fingerprint != record["tokenizer"]:
-        raise UserError(f"tokenizer {record['flags']['tokenizer']!r} is not the one that {folder} was trained with; train it again as it was")
-    model = GPT(GPTConfig(**record["model"])).to(compute.device)
-    model.init_weights()
     weights = load_model_weights(folder / "model.safetensors")
-    check_tensors(model.state_dict(), weights, str(folder / "model.safetensors"))
-    model.load_state_dict(weights)
+    with untrusted(folder / "config.json"):
+        name, data, config = str(record["flags"]["tokenizer"]), str(record["flags"]["data"]), GPTConfig(**record["model"])
+        tokenizer = Tokenizer.load(tokenizer_folder(name))
+        if tokenizer.fingerprint != record["tokenizer"]:
+            raise UserError(f"tokenizer {name!r} is not the one that {folder} was trained with; train it again as it was")
+        if not 0 < config.n_layer <= len(weights):
+            raise ValueError(f"{config.n_layer} layers, but the weights are {len(weights)} tensors")
+        with torch.device("meta"):
+            model = GPT(config)
+        check_tensors(model.state_dict(), weights, str(folder / "model.safetensors"))
+        model.to_empty(device=compute.device)
+        model.init_weights()
+        model.load_state_dict(weights)
     model.eval()
 
     # -------------------------------------------------------------------------
     # bits per byte
 
     T = model.config.sequence_len
-    cache = TokenCache.build(resolve_data(args.data or record["flags"]["data"]), tokenizer, compute)
+    cache = TokenCache.build(resolve_data(args.data or data), tokenizer, compute)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=compute.device)
     steps = max(1, args.eval_tokens // (args.device_batch_size * T * compute.world_size))
     for split in ("train", "val"):

@@ -37,7 +37,7 @@ from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.tokens import TokenCache
 from nanochat.weights import save_weights
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.runs import check_same_flags, hold, is_finished, resumable_flags, run_folder
+from scripts.runs import (LARGEST, check_model, check_numbers, check_same_flags, hold, is_finished, resumable_flags, run_folder)
 
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
@@ -150,7 +150,7 @@ def main() -> int:
     accumulation = args.total_batch_size // tokens_per_micro_step
     num_iterations = args.num_iterations
     if num_iterations == -1:
-        num_iterations = round(args.target_param_data_ratio * n_params / args.total_batch_size)
+        num_iterations = max(1, round(args.target_param_data_ratio * n_params / args.total_batch_size))
     print0(f"length: {num_iterations} steps x {args.total_batch_size:,} tokens (= {accumulation} micro-batches x {tokens_per_micro_step:,}) "
            f"= {num_iterations * args.total_batch_size / n_params:.2f} tokens per parameter")
 
@@ -383,17 +383,16 @@ def main() -> int:
 # checks
 
 def check_flags(args: argparse.Namespace) -> None:
-    for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "total_batch_size", "decision_interval"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    check_model(args)
+    check_numbers(args, {
+        (1, LARGEST): ["max_seq_len", "device_batch_size", "total_batch_size", "decision_interval"],
+        (0, LARGEST): ["embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "base_lr", "base_wd", "final_lr_frac",
+                       "sf_lr", "sf_wd", "sf_warmup", "eval_every", "eval_tokens", "sample_tokens", "save_every", "max_recoveries"],
+        (0, 1): ["warmup_ratio", "warmdown_ratio"],
+        (0, 0.9999): ["adam_beta1", "adam_beta2"],
+        (1e-6, LARGEST): ["target_param_data_ratio"]})
     if args.num_iterations < 1 and args.num_iterations != -1:
         raise UserError(f"--num-iterations is {args.num_iterations}; give a number of steps, or -1 to derive it")
-    if args.max_recoveries < 0:
-        raise UserError(f"--max-recoveries is {args.max_recoveries}; give 0 (off) or more")
-    if args.head_dim % 2:
-        raise UserError(f"--head-dim is {args.head_dim}; the rotary embedding needs an even number")
-    if set(args.window_pattern) - {"S", "L"} or not args.window_pattern:
-        raise UserError(f"--window-pattern is {args.window_pattern!r}; it may hold only S (half context) and L (full)")
 
 
 def check_batch(args: argparse.Namespace, tokens_per_micro_step: int) -> None:

@@ -29,7 +29,7 @@ from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.tokens import TokenCache
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.runs import check_same_flags, hold, is_finished, resumable_flags, run_folder
+from scripts.runs import LARGEST, check_model, check_numbers, check_same_flags, hold, is_finished, resumable_flags, run_folder
 
 ADVANTAGES = {"group": group_advantages, "standard": standard_grpo_advantages}
 
@@ -93,10 +93,13 @@ MAY_CHANGE = {"resume", "run", "model_tag", "save_every", "device_type", "episod
 
 def main() -> int:
     args = parse_with_preset(flags(), "meta_train")
-    for name in ("num_iterations", "episode_seq_len", "episode_batch_size", "decision_interval", "probe_batches", "updates", "episodes",
-                 "ppo_epochs", "minibatch_size", "policy_hidden", "save_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    check_model(args)
+    check_numbers(args, {
+        (1, LARGEST): ["num_iterations", "episode_seq_len", "episode_batch_size", "decision_interval", "probe_batches", "updates",
+                       "episodes", "ppo_epochs", "minibatch_size", "policy_hidden", "save_every"],
+        (0, LARGEST): ["base_lr", "base_wd", "final_lr_frac", "gradient_penalty", "smoothness_penalty", "nan_penalty", "policy_lr", "clip",
+                       "entropy_coef"],
+        (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma"]})
     if args.decision_interval > args.num_iterations:
         print0(f"warning: a decision every {args.decision_interval} steps is more than the episode's {args.num_iterations}: "
                "one decision an episode")

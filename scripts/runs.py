@@ -1,4 +1,4 @@
-"""Folders of runs, and whether what lies in one may be gone on with."""
+"""Flags that training scripts share, folders of runs, and whether what lies in one may be gone on with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import argparse
 import fcntl
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import IO
 
 from nanochat.common import Compute, UserError, base_dir, print0, read_json
+from nanochat.gpt import VE_GATE_CHANNELS, GPTConfig
+
+LARGEST = sys.float_info.max  # inf is above it
 
 
 def run_folder(tag: str) -> Path:
@@ -31,14 +35,36 @@ def hold(folder: Path, compute: Compute, wait: bool) -> IO | None:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             if not wait:
                 raise UserError(f"another process is training in {folder}; give another --model-tag, or wait for it to end") from None
             print0(f"waiting for the process that is training in {folder} to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
     compute.barrier()
     return lock
+
+
+def check_numbers(args: argparse.Namespace, ranges: dict[tuple[float, float], list[str]]) -> None:
+    """Raise `UserError` unless the flags listed under each (least, most) lie in that range; NaN lies in none."""
+    for (least, most), names in ranges.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:
+                bounds = f"be at least {least:g}" if most == LARGEST else f"lie in [{least:g}, {most:g}]"
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must {bounds}")
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raise `UserError` for sizes and windows of which no model can be made."""
+    check_numbers(args, {(1, LARGEST): ["depth", "aspect_ratio", "head_dim"]})
+    if args.head_dim % 2:
+        raise UserError(f"--head-dim is {args.head_dim}; the rotary embedding needs an even number")
+    width = GPTConfig.from_depth(args.depth, args.aspect_ratio, args.head_dim).n_embd
+    if width < VE_GATE_CHANNELS:
+        raise UserError(f"--depth x --aspect-ratio makes a width of {width}; it must be at least {VE_GATE_CHANNELS}")
+    if set(args.window_pattern) - {"S", "L"} or not args.window_pattern:
+        raise UserError(f"--window-pattern is {args.window_pattern!r}; it may hold only S (half context) and L (full)")
 
 
 def resumable_flags(args: argparse.Namespace, may_change: set[str]) -> dict:
@@ -46,9 +72,11 @@ def resumable_flags(args: argparse.Namespace, may_change: set[str]) -> dict:
     return {k: v for k, v in vars(args).items() if k not in may_change}
 
 
-def check_same_flags(saved: dict, args: argparse.Namespace, may_change: set[str], folder: Path) -> None:
+def check_same_flags(saved, args: argparse.Namespace, may_change: set[str], folder: Path) -> None:
     """Raise `UserError`, listing what differs, unless the run was started with these flags."""
     now = resumable_flags(args, may_change)
+    if not isinstance(saved, dict):
+        raise UserError(f"{folder} does not say with which flags its run was started; give another --model-tag, or --resume none")
     changed = sorted(k for k in saved.keys() | now.keys() if saved.get(k) != now.get(k))
     if changed:
         listed = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)} -> {now.get(k)}" for k in changed)
@@ -60,7 +88,8 @@ def is_finished(folder: Path, args: argparse.Namespace, may_change: set[str]) ->
     if args.resume == "auto":
         if not (folder / "result.json").exists():
             return False
-        check_same_flags(read_json(folder / "result.json", "result")["flags"], args, may_change, folder)
+        result = read_json(folder / "result.json", "result")
+        check_same_flags(result.get("flags") if isinstance(result, dict) else None, args, may_change, folder)
         return True
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "result.json").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat.checkpoint import untrusted
 from nanochat.common import Compute, UserError, format_seconds, print0, read_json, read_log
 from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
 from scripts import base_train
@@ -156,6 +157,9 @@ def failure(job: Job, code: int) -> str:
     return f"run {job.tag} {how} ({last}); all it printed is in {output_path(job)}"
 
 
+RESULT = {"val_bpb": float, "train_loss": float, "seconds": float, "tokens": int}  # what a row tells of a result
+
+
 def row_of(job: Job) -> dict | None:
     """The row of a run that has finished or diverged, else None. Raises `UserError` if its folder holds another run."""
     folder, (args, _) = run_folder(job.tag), base_train.parse(job.argv)
@@ -163,18 +167,20 @@ def row_of(job: Job) -> dict | None:
     known = {**job.setting, "flags": job.flags, "tag": job.tag}
     try:
         if is_finished(folder, args, may_change):
-            result = read_json(folder / "result.json", "result")
-            row = {**known, **{key: result[key] for key in ("val_bpb", "train_loss", "seconds", "tokens")}}
-            finite = math.isfinite(result["val_bpb"])
-            return row if finite else {**row, "val_bpb": None, "error": f"val_bpb is {result['val_bpb']}"}
+            with untrusted(folder / "result.json"):
+                result = read_json(folder / "result.json", "result")
+                row = {**known, **{key: kind(result[key]) for key, kind in RESULT.items()}}
+            finite = math.isfinite(row["val_bpb"])
+            return row if finite else {**row, "val_bpb": None, "error": f"val_bpb is {row['val_bpb']}"}
         diverged = [line for line in errors(job) if "the run diverged" in line]
         if not diverged:
             return None
-        started = argparse.Namespace(**read_json(folder / "config.json", "config")["flags"])
-        check_same_flags(resumable_flags(started, may_change), args, may_change, folder)
+        with untrusted(folder):
+            started = argparse.Namespace(**read_json(folder / "config.json", "config")["flags"])
+            check_same_flags(resumable_flags(started, may_change), args, may_change, folder)
+            done = [float(record["dt"]) for record in read_log(folder) if "dt" in record]
     except UserError as e:
         raise UserError(f"{e}; or delete {folder}, and its run starts anew") from None
-    done = [record["dt"] for record in read_log(folder) if "dt" in record]
     return {**known, "val_bpb": None, "train_loss": None, "seconds": sum(done),
             "tokens": len(done) * args.total_batch_size, "error": diverged[-1]}
 

@@ -259,7 +259,7 @@ def test_sweeps_rows(tmp_path, change, data):
 # flags
 
 WORDS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=12)
-INTS = st.sampled_from(["-7", "-1", "0", "1", "2", "3", "5", "16", "33", "64"])
+INTS = st.sampled_from(["-7", "-1", "0", "1", "2", "3", "5", "8"])
 FLOATS = st.sampled_from(["nan", "inf", "-inf", "-1", "0", "1e-30", "0.5", "1", "2", "1e30"])
 
 
