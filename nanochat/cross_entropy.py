@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 SOFTCAP = 15.0
-CHUNK_ELEMENTS = 1 << 22  # logits held at a time by the chunked form: 16 MB of fp32; smaller chunks cost more calls than they save
+CHUNK_ELEMENTS = 1 << 22  # logits held at a time by the chunked form: 16 MB of fp32
 
 
 def softcapped_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
