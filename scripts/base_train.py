@@ -251,9 +251,12 @@ def main() -> int:
             optimizer.load_state_dict(saved["optimizer"])
             if controller:
                 controller.load_state_dict(saved["controller"])
-            validate_multipliers(saved["multipliers"], [group["name"] for group in groups])
-            multipliers, decision_seconds = saved["multipliers"], [float(s) for s in saved["decision_seconds"]]
+            multipliers = {name: {k: float(v) for k, v in factors.items()} for name, factors in saved["multipliers"].items()}
+            validate_multipliers(multipliers, [group["name"] for group in groups])
             smooth_loss, train_loss, seconds = (float(saved[k]) for k in ("smooth_loss", "train_loss", "seconds"))
+            decision_seconds = [float(s) for s in saved["decision_seconds"]]
+            if not math.isfinite(seconds):
+                raise ValueError(f"its seconds are {seconds}")
             set_rng_state(saved["rng"], compute.device)
 
     def save(step: int) -> None:
