@@ -116,7 +116,7 @@ def test_micro_batches_change_nothing(base, train):
     (("--tokenizer", "absent"), ("tokenizer", "tok_train")),
     (("--window-pattern", "SXL"), ("SXL",)),
     (("--model-tag", "../../escape"), ("escape",)),
-    (("--hparams", "uniform", "--base-lr", "1e30"), ("diverged",)),
+    (("--hparams", "uniform", "--base-lr", "1e30", "--max-recoveries", "0"), ("diverged", "--max-recoveries is 0")),
 ])
 def test_bad_input_is_one_clear_line(train, flags, words):
     result = train("bad", *flags)

@@ -121,7 +121,7 @@ def test_rows_are_written_and_a_second_start_runs_nothing(home, start, monkeypat
 def test_a_run_that_fails_stops_the_sweep_in_one_line(home, start, monkeypatch):
     monkeypatch.setattr(sweep, "HAND_TUNED", [(1.0, 0.0)])
     (home / "runs" / "smoke" / "ht-0" / "config.json").mkdir(parents=True)
-    line = r"^run smoke/ht-0 failed with exit status 1 \(.*directory.*\); all it printed is in .*ht-0/output.txt$"
+    line = r"^run smoke/ht-0 failed with exit status 2 \(.*directory.*\); all it printed is in .*ht-0/output.txt$"
     with pytest.raises(UserError, match=line):
         start("--what", "hand-tuned")
     assert not (home / "runs" / "smoke" / "sweep_hand_tuned.json").exists()
