@@ -41,12 +41,12 @@ else python -m nanochat.dataset; fi
 say "tokenizer"
 python -m scripts.tok_train "${preset_flag[@]}" "${data[@]}"
 
-say "schedule-free sweep (8 runs, the paper's Table 3)"
+say "schedule-free sweep (the paper's Table 3)"
 python -m scripts.sweep "${preset_flag[@]}" "${data[@]}" "${seeds[@]}" --what schedule-free
 
 if [ "$preset" = paper ]; then say "tuning of the upper bound: none, the hand-tuned defaults are the paper's"
 else
-    say "open tuning of the upper bound (8 runs, the same budget)"
+    say "open tuning of the upper bound (the same budget)"
     python -m scripts.sweep "${preset_flag[@]}" "${data[@]}" "${seeds[@]}" --what hand-tuned
 fi
 

@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, dict]] = {
                        "policy_lr": 3e-3, "updates": 12},
     },
     "smoke": {
-        "sweep": {"seeds": [42]},
+        "sweep": {"seeds": [42], "settings": 3},
         "tok_train": {"data": "embedded", "vocab_size": 320, "name": "smoke"},
         "base_train": {**_SMOKE, "max_seq_len": 64, "num_iterations": 12, "total_batch_size": 256, "device_batch_size": 2,
                        "lr_batch_rule": "none", "eval_every": 6, "eval_tokens": 1024, "save_every": 6, "decision_interval": 4,

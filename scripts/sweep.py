@@ -96,6 +96,7 @@ def flags() -> argparse.ArgumentParser:
     add_preset_flag(parser)
     flag("--what", choices=["schedule-free", "hand-tuned", "methods"], required=True)
     flag("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the methods; settings use the first")
+    flag("--settings", type=int, default=8, help="settings of a sweep that are run, from the first on")
     flag("--jobs", type=int, default=-1, help="runs side by side; -1 = as many as the cores or GPUs have room for")
     flag("--nproc", type=int, default=-1, help="processes of a run; -1 = 1, or the most GPUs its batch divides by")
     flag("--policy", help="methods: jel's policy; default: meta_train's in runs/<preset>/meta, else the shipped one")
@@ -106,6 +107,8 @@ def flags() -> argparse.ArgumentParser:
 def main() -> int:
     args = parse_with_preset(flags(), "sweep")
     folder = base_dir() / "runs" / args.preset
+    if args.settings < 1:
+        raise UserError(f"--settings is {args.settings}; it must be at least 1")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice; give each once")
     if args.what == "hand-tuned" and args.preset == "paper":
@@ -130,6 +133,8 @@ def main() -> int:
         print0(f"schedule_free: {' '.join(best['schedule_free'])}")
         policy = find_policy(args.policy, folder)
     jobs = plan(args.what, args.preset, args.seeds, steps, policy, best, common)
+    if args.what != "methods":
+        jobs = jobs[:args.settings]
 
     # -------------------------------------------------------------------------
     # run them
