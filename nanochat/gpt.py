@@ -47,10 +47,8 @@ def has_value_embedding(layer: int, n_layer: int) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., in), weight (out, in) -> (..., out); with runs x (R, ..., in), weight (R, out, in)."""
-    if weight.dim() == 2:
-        return F.linear(x, weight)
-    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+    """x (B, T, in), weight (out, in) -> (B, T, out); with runs x (R, B, T, in), weight (R, out, in)."""
+    return (x.flatten(-3, -2) @ weight.mT).unflatten(-2, x.shape[-3:-1])
 
 
 class Linear(nn.Module):
@@ -115,9 +113,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(lead, 4 * width, width)
 
     def forward(self, x):
-        if self.c_fc.weight.dim() == 2:
-            return mlp(x.flatten(0, -2)[None], self.c_fc.weight[None], self.c_proj.weight[None])[0].view_as(x)
-        return mlp(x.flatten(1, -2), self.c_fc.weight, self.c_proj.weight).view_as(x)
+        return mlp(x.flatten(-3, -2), self.c_fc.weight, self.c_proj.weight).view_as(x)
 
 
 class Block(nn.Module):
@@ -238,10 +234,12 @@ class GPT(nn.Module):
             x = block(x, ve, cos, sin, self.backend, kv_cache)
         x = norm(x)
 
-        head = self.lm_head.weight[..., :self.config.vocab_size, :]
+        head, shape, V = self.lm_head.weight, x.shape[-3:-1], self.config.vocab_size
+        head = head[..., :V, :] if head.size(-2) > V else head
+        x = x.flatten(-3, -2)  # (..., N, C)
         if targets is None:
-            return softcapped_logits(x.flatten(1, -2), head).unflatten(1, x.shape[1:-1]) if self.runs else softcapped_logits(x, head)
-        x, targets = x.flatten(-3, -2), targets.flatten(-2)  # (..., N, C), (..., N)
+            return softcapped_logits(x, head).unflatten(-2, shape)
+        targets = targets.flatten(-2)  # (..., N)
         if loss_reduction == "mean" and self.chunked_loss and torch.is_grad_enabled():
             if self.runs is None:
                 return ChunkedLoss.apply(x[None], head[None], targets[None])[0]

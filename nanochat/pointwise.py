@@ -32,7 +32,7 @@ def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`relu(x up^T)^2 down^T`: x (R, N, C), up (R, F, C), down (R, C, F) -> (R, N, C)."""
+    """`relu(x up^T)^2 down^T`: x (N, C), up (F, C), down (C, F) -> (N, C); with runs all have a leading axis R."""
     return _MLP.apply(x, up, down) if by_hand(x) else plain_mlp(x, up, down)
 
 
@@ -54,7 +54,7 @@ def plain_rotary_norm(x, cos, sin):
 
 
 def plain_mlp(x, up, down):
-    return torch.bmm(F.relu(torch.bmm(x, up.mT)).square(), down.mT)
+    return F.relu(x @ up.mT).square() @ down.mT
 
 
 def plain_mix(x, y, a, b):
@@ -119,17 +119,17 @@ class _MLP(Function):  # keeps relu(x up^T) alone of the three wide tensors, and
 
     @staticmethod
     def forward(ctx, x, up, down):
-        h = torch.bmm(x, up.mT).relu_()
+        h = (x @ up.mT).relu_()
         ctx.save_for_backward(x, up, down, h)
-        return torch.bmm(h * h, down.mT)
+        return (h * h) @ down.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, up, down, h = ctx.saved_tensors
-        grad_down = torch.bmm(grad.mT, h * h)
-        grad_h = torch.bmm(grad, down).mul_(h).mul_(2)
-        return torch.bmm(grad_h, up), torch.bmm(grad_h.mT, x), grad_down
+        grad_down = grad.mT @ (h * h)
+        grad_h = (grad @ down).mul_(h).mul_(2)
+        return grad_h @ up, grad_h.mT @ x, grad_down
 
 
 class _Mix(Function):
