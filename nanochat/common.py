@@ -106,7 +106,10 @@ def init_compute(device_type: str = "") -> Compute:
         device = torch.device("cpu")
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts: without a place of its own a job finds the addresses of the dead one
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
     return Compute(rank, world_size, device)
 
 

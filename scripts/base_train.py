@@ -379,6 +379,7 @@ def main() -> int:
                decisions=len(decision_seconds), controller_seconds=sum(decision_seconds),
                tokens=num_iterations * args.total_batch_size, flags=resumable_flags(args, MAY_CHANGE))
     print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(seconds)} of training; see {folder}")
+    compute.barrier()  # gloo aborts in a rank that tears down after another has gone
     return 0
 
 

@@ -212,6 +212,7 @@ def main() -> int:
         log.finish(updates=args.updates, episodes=episodes, tokens=tokens, seconds=seconds, entropy=[r["entropy"] for r in records],
                    return_mean=[r["return_mean"] for r in records], policy=str(folder / "policy.safetensors"),
                    flags=resumable_flags(args, MAY_CHANGE))
+    compute.barrier()  # gloo aborts in a rank that tears down after another has gone
     print0(f"done: {args.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
     return 0
 

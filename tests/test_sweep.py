@@ -89,11 +89,11 @@ def test_the_methods_plan_is_every_method_with_every_seed():
 # runs
 
 def test_rows_are_written_and_a_second_start_runs_nothing(home, start, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1e38, 0.0, 0), (0.5, 0.01, 300)])
+    monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1.0, 1e38, 0), (0.5, 0.01, 300)])
     assert start("--what", "schedule-free", "--seeds", "3", "4") == 0
     printed = capsys.readouterr().out
     assert "scaled by 12/561" in printed and "2/2 sf-" in printed
-    assert "sf-0 lr 1e+38 wd 0.0 warmup 0: diverged" in printed
+    assert "sf-0 lr 1.0 wd 1e+38 warmup 0: diverged" in printed
     path = home / "runs" / "smoke" / "sweep_schedule_free.json"
     written = json.loads(path.read_text())
     bad, good = written["rows"]
@@ -110,10 +110,10 @@ def test_rows_are_written_and_a_second_start_runs_nothing(home, start, monkeypat
     path.unlink()
     assert start("--what", "schedule-free", "--seeds", "3") == 0 and path.read_bytes() == before
     assert "2 runs, 2 done already" in capsys.readouterr().out
-    monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1e38, 0.0, 0), (0.25, 0.01, 300)])
+    monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1.0, 1e38, 0), (0.25, 0.01, 300)])
     with pytest.raises(UserError, match="sf-1 holds a run with other flags .*--sf-lr 0.5 -> 0.25.*or delete"):
         start("--what", "schedule-free", "--seeds", "3")
-    monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1e29, 0.0, 0), (0.5, 0.01, 300)])
+    monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1.0, 1e37, 0), (0.5, 0.01, 300)])
     with pytest.raises(UserError, match="sf-0 holds a run with other flags"):
         start("--what", "schedule-free", "--seeds", "3")
 
