@@ -31,8 +31,8 @@ def mean_loss(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 class ChunkedLoss(torch.autograd.Function):
     """Mean softcapped cross-entropy without ever holding the full logits, forward and gradient in one sweep.
 
-    Twin of `mean_loss(cross_entropy(softcapped_logits(x, w), t), t)`. The gradient of the capped logits is
-    `(softmax - onehot) * (1 - tanh^2)`, so each chunk is worked up in place.
+    Twin of `mean_loss(cross_entropy(softcapped_logits(x, w), t), t)`. With z the sigmoid of 2/15 of a logit the capped
+    one is `15 (2 z - 1)`, and its gradient `(softmax - onehot) 4 z (1 - z)`: on a CPU a sigmoid costs a fifth of a tanh.
     """
 
     @staticmethod
@@ -46,16 +46,15 @@ class ChunkedLoss(torch.autograd.Function):
         rows = max(1, CHUNK_ELEMENTS // (R * V))
         for i in range(0, N, rows):
             x_i, t_i = x[:, i:i + rows], targets[:, i:i + rows, None]            # (R, n, C), (R, n, 1)
-            z = torch.bmm(x_i / SOFTCAP, weight.mT).tanh_()                      # (R, n, V), logits / 15
-            g = (z * SOFTCAP).exp_()                                  # capped at e^15: no maximum to subtract
-            sums = g.sum(-1, keepdim=True)
             valid, t_i = t_i >= 0, t_i.clamp_min(0)
-            z_t, share = z.gather(-1, t_i), valid * scale[:, None, None]
-            total += ((sums.log() - SOFTCAP * z_t) * valid).sum((1, 2))
-            g.mul_(share / sums).addcmul_(g, z.square_(), value=-1)
-            g.scatter_add_(-1, t_i, (z_t.square_() - 1) * share)
-            grad_x[:, i:i + rows] = torch.bmm(g, weight)
-            grad_w.baddbmm_(g.mT, x_i)
+            z = torch.bmm(x_i * (2 / SOFTCAP), weight.mT).sigmoid_()             # (R, n, V)
+            g = (z * (2 * SOFTCAP)).exp_()                                       # at most e^30: no maximum to subtract
+            sums, z_t = g.sum(-1, keepdim=True), z.gather(-1, t_i)
+            total += ((sums.log() - 2 * SOFTCAP * z_t) * valid).sum((1, 2))
+            g.mul_(z).addcmul_(g, z, value=-1).scatter_add_(-1, t_i, sums * z_t * (z_t - 1))
+            share = valid * (4 * scale[:, None, None]) / sums                    # what a row of g still lacks; 0 if left out
+            grad_x[:, i:i + rows] = torch.bmm(g, weight) * share
+            grad_w.baddbmm_(g.mT, x_i * share)
         ctx.save_for_backward(grad_x, grad_w)
         return total * scale
 

@@ -115,21 +115,21 @@ class _RotaryNorm(Function):
         return rotate(norm_backward(grad, y, scale), cos, sin, -1), None, None
 
 
-class _MLP(Function):  # keeps relu(x up^T) alone of the three wide tensors, and squares it again
+class _MLP(Function):
 
     @staticmethod
     def forward(ctx, x, up, down):
         h = (x @ up.mT).relu_()
-        ctx.save_for_backward(x, up, down, h)
-        return (h * h) @ down.mT
+        squared = h * h
+        ctx.save_for_backward(x, up, down, h, squared)
+        return squared @ down.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, up, down, h = ctx.saved_tensors
-        grad_down = grad.mT @ (h * h)
-        grad_h = (grad @ down).mul_(h).mul_(2)
-        return grad_h @ up, grad_h.mT @ x, grad_down
+        x, up, down, h, squared = ctx.saved_tensors
+        grad_h = (grad @ (2 * down)).mul_(h)
+        return grad_h @ up, grad_h.mT @ x, grad.mT @ squared
 
 
 class _Mix(Function):

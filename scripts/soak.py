@@ -144,6 +144,7 @@ class Soak:
         if unknown := set(names) - everything.keys():
             raise UserError(f"--only {', '.join(sorted(unknown))}: there are {', '.join(everything)}")
         self.subjects = {name: subject for name, subject in everything.items() if not names or name in names}
+        self.share = math.ceil(min(faults, 1000) / len(self.subjects))  # of a trial, so that few faults reach every subject too
 
     def run(self, jobs: int) -> Counter:
         with ThreadPoolExecutor(jobs) as pool:
@@ -166,7 +167,7 @@ class Soak:
             with self.lock:
                 number = next(self.numbers)
                 rng = random.Random(derive_seed(self.seed, "trial", number))
-                most = min(rng.randint(3, 7), self.left)
+                most = min(rng.randint(3, 7), self.share, self.left)
                 self.left -= most
             if not most:
                 return

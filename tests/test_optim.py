@@ -87,6 +87,19 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_vectors(row
     torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype, atol", [(F64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("rows, cols", [*SHAPES, (16, 64), (64, 16)])
+@pytest.mark.parametrize("rank", [1, 5, 64])
+def test_orthogonalize_is_five_polar_express_steps(rows, cols, rank, dtype, atol):
+    """Whatever the rank: a Gram matrix has the smaller singular values squared, and rounding must not drown them."""
+    x = (randn(4, rows, rank) @ torch.diag(0.5 ** torch.arange(rank, dtype=F64)) @ randn(4, rank, cols, seed=1))
+    twin = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = twin @ twin.mT
+        twin = a * twin + (b * gram + c * gram @ gram) @ twin
+    torch.testing.assert_close(orthogonalize(x.to(dtype)), twin.to(dtype), rtol=0, atol=atol)
+
+
 def test_orthogonalize_forgets_the_scale_and_leaves_zero_alone():
     x = randn(2, 6, 4)
     torch.testing.assert_close(orthogonalize(1e3 * x), orthogonalize(x), rtol=1e-5, atol=1e-5)
