@@ -10,6 +10,7 @@ R runs (absent for one model), B batch, T time, C width, H heads, K kv heads, D 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +142,7 @@ class GPT(nn.Module):
             raise ValueError(f"width {config.n_embd} is below {VE_GATE_CHANNELS}, which the value-embedding gate reads")
         self.config, self.runs = config, runs
         self.backend = "sdpa"
-        self.chunked_loss = False  # set by `configure`
+        self.chunked_loss = False  # set by `prepare`
         lead = () if runs is None else (runs,)
         padded_vocab = math.ceil(config.vocab_size / 64) * 64
         head_dim = config.n_embd // config.n_head
@@ -163,11 +164,19 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def configure(self, compiled: bool) -> str:
-        """Choose the kernels for the device the weights lie on; returns a line that says which."""
+    def prepare(self, compiled: bool | None = None) -> Callable:
+        """Choose the kernels for the device the weights lie on, and return what to call in training.
+
+        On CUDA that is the compiled model. On a CPU it is the model itself: compiled it takes half a minute to start and
+        is no faster (`scripts.bench` measures that).
+        """
+        on_cpu = self.device.type == "cpu"
+        compiled = not on_cpu if compiled is None else compiled
         self.backend = attn_kernels.backend_for(self.device.type, compiled)
-        self.chunked_loss = not compiled and self.device.type == "cpu"
-        return f"attention: {self.backend}, loss: {'chunked' if self.chunked_loss else 'full logits'}"
+        self.chunked_loss = on_cpu and not compiled
+        self.kernels = f"attention: {self.backend}; loss: {'chunked' if self.chunked_loss else 'full logits'}; torch.compile: " + (
+            "on" if compiled else "off, it does not pay on a CPU")
+        return torch.compile(self, dynamic=False) if compiled else self
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

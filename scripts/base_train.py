@@ -136,8 +136,8 @@ def main() -> int:
         plain_model = GPT(config)
     plain_model.to_empty(device=compute.device)
     plain_model.init_weights()
-    print0(plain_model.configure(compiled=compute.is_cuda))
-    model = torch.compile(plain_model, dynamic=False) if compute.is_cuda else plain_model
+    model = plain_model.prepare()
+    print0(plain_model.kernels)
     n_params = plain_model.num_params()
     print0(f"model: depth {config.n_layer}, width {config.n_embd} = {args.depth} x {args.aspect_ratio} rounded to heads of {args.head_dim}, "
            f"vocabulary {config.vocab_size}, {n_params:,} parameters")

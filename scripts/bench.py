@@ -1,7 +1,7 @@
 """How fast this is: every figure beside what it is compared with, both timed in turn (A B A B ...) on this machine.
 
     python -m scripts.bench --quick          under 3 minutes on 2 cores
-    python -m scripts.bench --seconds 1200   steadier
+    python -m scripts.bench --seconds 1200   steadier, and torch.compile on a CPU too
     python -m scripts.bench --preset paper   the paper's shapes, on a GPU
 
 Writes $NANOCHAT_BASE_DIR/report/: bench.json, growth.png, growth.svg. The rows are the only speed figures to quote.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -129,6 +130,13 @@ def bf16_row(straight: Worker, seconds: float) -> Row:
                     note=f"native bf16 on this CPU: {'yes' if has_native_bf16() else 'no'}; ours is fp32 on every CPU")
 
 
+def compile_row(shape: dict, worker: Worker, seconds: float) -> Row:
+    """Whether compiling the model pays on a CPU: the step eager, as it is shipped, against the same step compiled."""
+    spec = {"case": "step", "turns": 4, **shape}
+    return compared(f"eager on a CPU ({describe(shape)})", "tokens/s", 4 * tokens(shape), partial(run, worker, {**spec, "form": "ours"}),
+                    "torch.compile", partial(run, worker, {**spec, "form": "compiled"}), seconds, note="which takes half a minute to start")
+
+
 def has_native_bf16() -> bool:
     """Whether /proc/cpuinfo lists a bf16 extension (AVX512, AMX, Arm)."""
     try:
@@ -230,6 +238,8 @@ def main() -> int:
         fastest = max(row.ours for row in table)
         if device == "cpu":
             show(bf16_row(straight, 0.05 * seconds))
+            if not args.quick and shutil.which("g++"):
+                show(compile_row(step, ours, 0.05 * seconds))
         else:
             show(recompilation_row(step, ours))
         found = ask(ours, {"case": "data", "files": 300, "vocab_size": step["model"]["vocab_size"], "seconds": 1.0})

@@ -100,7 +100,9 @@ def build_model(spec: dict, compute):
 
 
 def case_step(spec: dict, compute) -> Callable[[], None]:
-    """An optimizer step of B rows as `base_train` takes it: loss, backward, hook, update. `form` is "ours" or "straight".
+    """An optimizer step of B rows as `base_train` takes it: loss, backward, hook, update.
+
+    `form` is "ours", "straight", or "compiled": ours, and compiled on a CPU too.
 
     The shipped policy decides every 10 steps. With `runs` R models are trained as one program, on the same rows, each
     with learning rates of its own.
@@ -113,8 +115,7 @@ def case_step(spec: dict, compute) -> Callable[[], None]:
     model = build_model(spec, compute)
     optimizer = model.setup_optimizer(weight_decay=0.1, rank=compute.rank, world_size=compute.world_size)
     groups, R = optimizer.param_groups, spec.get("runs")
-    model.configure(compiled=compute.is_cuda)
-    forward = torch.compile(model, dynamic=False) if compute.is_cuda else model
+    forward = model.prepare(compiled=True if spec["form"] == "compiled" else None)
     if spec["form"] == "straight":
         products = torch.bfloat16 if compute.is_cuda or spec.get("bf16") else None
         optimizer = StraightOptimizer(groups, products)

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat import optim_shards
 from nanochat.optim import POLAR_EXPRESS, MuonAdamW, adamw_update, muon_update, orthogonalize
 
 F64 = torch.float64
@@ -157,6 +158,32 @@ def train(optimizer, *steps):
 def assert_same(a, b):
     for p, q in zip(params_of(a), params_of(b), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("as_on_cuda", [True, False])
+def test_a_decision_never_recompiles(monkeypatch, as_on_cuda):
+    """Compiled updates take hyperparameters as 0-D tensors; as floats (`as_on_cuda` False) each decision would compile."""
+    from torch._dynamo.utils import counters
+    if as_on_cuda:
+        monkeypatch.setattr(optim_shards, "_scalar", lambda value, like: torch.full((), float(value)))
+    torch._dynamo.reset()
+    monkeypatch.setattr(optim_shards.AdamWShard, "_one_pass", None)  # what a CPU does without compiling
+    optimizer, programs = make(), []
+    for group in optimizer.param_groups[:1]:
+        group["params"][:] = [nn.Parameter(p.detach().bfloat16()) for p in group["params"]]  # as embeddings are on CUDA
+    optimizer._compiled = {name: torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
+                           for name, f in (("adamw", adamw_update), ("muon", muon_update))}
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for decision in range(12):
+            for group in optimizer.param_groups:
+                group.update(lr=0.01 * (1 + decision), weight_decay=0.1 / (1 + decision))
+                if "momentum" in group:
+                    group["momentum"] = 0.85 + 0.01 * decision
+            for p in params_of(optimizer):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            programs.append(counters["stats"]["unique_graphs"])
+    assert (programs[1] == programs[-1]) == as_on_cuda
 
 
 def test_state_dict_resumes_exactly():

@@ -79,8 +79,7 @@ class PretrainTask:
         for model in (self.model, self._single):
             model.to_empty(device=device)
         self.model.init_weights()
-        self.model.configure(compiled=self.compute.is_cuda)
-        self.forward = torch.compile(self.model, dynamic=False) if self.compute.is_cuda else self.model
+        self.forward = self.model.prepare()
         self.optimizer = self.model.setup_optimizer()
         for group in self.optimizer.param_groups:
             group["initial_lr"], group["initial_wd"] = self.base_lr, self.base_wd

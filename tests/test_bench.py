@@ -1,0 +1,149 @@
+"""The benchmark: the slow twin is the same step, and the table says what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from scripts import bench, bench_growth
+from scripts.bench_twins import StraightOptimizer, straight_loss
+from scripts.bench_worker import Worker, ask, in_turn, run
+
+SMALL = GPTConfig(sequence_len=16, vocab_size=50, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL")
+
+
+def small_model(config: GPTConfig = SMALL) -> GPT:
+    """Nothing is 0, so that every path carries a gradient."""
+    model, generator = GPT(config).double(), torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    model.prepare()
+    return model
+
+
+# -----------------------------------------------------------------------------
+# the straightforward form
+
+def test_the_straightforward_loss_is_ours():
+    model = small_model()
+    idx, targets = torch.randint(SMALL.vocab_size, (2, 4, 16), generator=torch.Generator().manual_seed(1))
+    targets[0, :5] = -1
+    gradients = []
+    for loss in (model(idx, targets), straight_loss(model, idx, targets)):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        torch.testing.assert_close(loss, straight_loss(model, idx, targets), rtol=1e-12, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    assert all(g.any() for g in gradients[0])
+
+
+def test_the_straightforward_optimizer_takes_our_steps():
+    ours, straight = small_model(), small_model()
+    mine = ours.setup_optimizer(weight_decay=0.3)
+    twin = StraightOptimizer(straight.setup_optimizer(weight_decay=0.3).param_groups)
+    for step in range(3):
+        for seed, (a, b) in enumerate(zip(ours.parameters(), straight.parameters())):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(10 * step + seed), dtype=a.dtype)
+            b.grad = a.grad.clone()
+        mine.step()
+        twin.step()
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(straight.named_parameters()), rtol=1e-9, atol=1e-11)
+
+
+# -----------------------------------------------------------------------------
+# numbers
+
+def test_a_ratio_is_the_median_over_rounds_and_a_rate_the_median_of_times():
+    ours, other = iter([9.0, 1.0, 2.0, 4.0]), iter([9.0, 4.0, 4.0, 4.0])  # the first round warms up
+    row = bench.compared("a", "things/s", 8, lambda: next(ours), "b", lambda: next(other), 0.0)
+    assert (row.ours, row.other, row.ratio, row.rounds) == (4.0, 2.0, 2.0, 3)
+    assert row.quartiles[0] < 2.0 < row.quartiles[1]
+    printed = bench.line(replace(row, target=">= 1.3x", note="so it is"))
+    assert "4 things/s" in printed and "2x" in printed and "3 rounds" in printed and "target >= 1.3x; so it is" in printed
+
+
+def test_sides_are_timed_in_turn():
+    order = []
+    values = in_turn({name: lambda name=name: order.append(name) or 1.0 for name in "AB"}, 0.0, least=2)
+    assert order == ["A", "B"] * 3 and values == {"A": [1.0, 1.0], "B": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize("power", [-1.0, 0.0, 1.0, 2.0])
+def test_an_exponent_is_the_power_of_a_power_law(power):
+    sizes = [1, 2, 4, 8, 16]
+    found = bench_growth.curve("sequence", {n: 3.0 * n**power for n in sizes}, "ms a step")
+    assert found["exponent"] == pytest.approx(power) and bool(found["reason"]) == (power > 1.05)
+    assert np.allclose(found["costs"], [3.0 * n**power for n in sizes])
+
+
+def test_utilisation_goes_by_the_first_name_that_is_known():
+    assert bench.mfu_note("NVIDIA H200", 0.5 * 989e12) == "MFU 50.0% of 989 TFLOP/s"
+    assert bench.mfu_note("NVIDIA H100 PCIe", 0.5 * 756e12).startswith("MFU 50.0%")
+    assert "unknown" in bench.mfu_note("a card of tomorrow", 1e12)
+
+
+def test_the_growth_figure_has_a_panel_for_each_axis():
+    curves = {axis: bench_growth.curve(axis, {1: 2.0, 2: 3.0, 4: 7.0}, "ms a step") for axis in ("depth", "batch", "memory")}
+    shown = [axes.get_title(loc="left").partition(":")[0] for axes in bench_growth.growth_figure(curves, "a step").axes if axes.axison]
+    assert shown == ["depth", "batch", "memory"]
+
+
+@pytest.mark.parametrize("axis", ["depth", "batch", "sequence", "episodes"])
+def test_the_points_of_an_axis_differ_in_that_alone(axis):
+    step, _, _, _ = bench.preset_shapes("tiny")
+    points = bench_growth.points_of({"case": "step", "form": "ours", **step})[axis]
+    assert len(points) == 4 and len({json.dumps(spec, sort_keys=True) for spec in points.values()}) == 4
+    first = next(iter(points.values()))
+    for size, spec in points.items():
+        flat, flat_first = ({**spec, **spec["model"]} for spec in (spec, first))
+        name = {"depth": "n_layer", "batch": "rows", "sequence": "sequence_len", "episodes": "runs"}[axis]
+        assert flat[name] == size
+        assert all(flat[key] == flat_first[key] for key in flat if key not in (name, "model"))
+
+
+# -----------------------------------------------------------------------------
+# workers
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    with Worker("cpu", NANOCHAT_BASE_DIR=str(tmp_path_factory.mktemp("bench")), OMP_NUM_THREADS="1") as worker:
+        yield worker
+
+
+SPEC = {"model": {**vars(SMALL), "n_kv_head": 2}, "rows": 2}
+
+
+@pytest.mark.parametrize("spec", [{"form": "ours"}, {"form": "straight"}, {"form": "ours", "runs": 3}, {"form": "ours", "accumulation": 2}])
+def test_a_worker_times_steps(worker, spec):
+    assert run(worker, {"case": "step", "turns": 2, "threads": 1, **SPEC, **spec}) > 0
+
+
+def test_a_worker_measures_data_episodes_and_the_controller(worker):
+    found = ask(worker, {"case": "data", "files": 30, "vocab_size": 300, "seconds": 0.05})
+    assert found["cache_mb_per_s"] > 0 and all(rate > 0 for rate in found["loader"].values())
+    rows = bench.data_rows({**found, "loader": {128: 300.0}}, fastest=10.0)
+    assert rows[1].ratio == 30.0
+    episodes = {"case": "episodes", "episodes": 2, "rows": 2, "model": {**SPEC["model"], "vocab_size": 300, "sequence_len": 16}}
+    assert all(run(worker, {**episodes, "together": n}) > 0 for n in (1, 2))
+    milliseconds, percent = bench.controller_rows({"model": SPEC["model"]}, 50, worker, step_seconds=0.1)
+    assert 0 < milliseconds.ours < 50 and percent.ours == pytest.approx(milliseconds.ours / 1e3 / (50 * 0.1) * 100)
+
+
+def test_a_worker_that_fails_is_told_of_in_one_line():
+    with Worker("cpu") as worker, pytest.raises(UserError, match="failed; the reason stands above"):
+        run(worker, {"case": "nothing of the kind"})
+
+
+def test_seconds_are_checked(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--seconds", "0"])
+    with pytest.raises(UserError, match="--seconds is 0"):
+        bench.main()
