@@ -43,11 +43,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = F
     grouped = q.size(1) != k.size(1)
     if window == FULL and T == S:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    elif backend == "flex" and torch.compiler.is_compiling() and T == S:
+    elif backend == "flex" and torch.compiler.is_compiling() and T == S and (T, window, q.device) in _block_masks:
         from torch.nn.attention.flex_attention import flex_attention
-        y = flex_attention(q, k, v, block_mask=_block_mask(T, window, q.device), enable_gqa=grouped)
+        y = flex_attention(q, k, v, block_mask=_block_masks[T, window, q.device], enable_gqa=grouped)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(T, S, window, q.device), enable_gqa=grouped)
+        mask = _mask.__wrapped__ if torch.compiler.is_compiling() else _mask  # a compiler sees through no cache
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask(T, S, window, q.device), enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -58,10 +59,16 @@ def _mask(T: int, S: int, window: int, device: torch.device) -> torch.Tensor:
     return (distance >= 0) & ((distance <= window) if window != FULL else True)
 
 
-@lru_cache(maxsize=8)
-def _block_mask(T: int, window: int, device: torch.device):
+_block_masks: dict[tuple[int, int, torch.device], object] = {}  # by T, window and device
+
+
+def prepare_block_masks(T: int, windows: list[int], device: torch.device) -> None:
+    """Make FlexAttention's masks, before compilation: inside it they would be made anew in every step."""
     from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(lambda b, h, i, j: (i >= j) & (i - j <= window), None, None, T, T, device=device)
+    for window in {w for w in windows if 0 <= w < T - 1}:
+        def visible(b, h, i, j, window=window):
+            return (i >= j) & (i - j <= window)
+        _block_masks[T, window, device] = create_block_mask(visible, None, None, T, T, device=device)
 
 
 @lru_cache(maxsize=1)

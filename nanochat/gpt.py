@@ -167,15 +167,17 @@ class GPT(nn.Module):
     def prepare(self, compiled: bool | None = None) -> Callable:
         """Choose the kernels for the device the weights lie on, and return what to call in training.
 
-        On CUDA that is the compiled model. On a CPU it is the model itself: compiled it takes half a minute to start and
-        is no faster (`scripts.bench` measures that).
+        On CUDA that is the compiled model. On a CPU it is the model itself: compiled it takes half a minute to start,
+        more than most runs there would gain (`scripts.bench` measures that).
         """
         on_cpu = self.device.type == "cpu"
         compiled = not on_cpu if compiled is None else compiled
         self.backend = attn_kernels.backend_for(self.device.type, compiled)
+        if self.backend == "flex":
+            attn_kernels.prepare_block_masks(self.config.sequence_len, self.windows, self.device)
         self.chunked_loss = on_cpu and not compiled
         self.kernels = f"attention: {self.backend}; loss: {'chunked' if self.chunked_loss else 'full logits'}; torch.compile: " + (
-            "on" if compiled else "off, it does not pay on a CPU")
+            "on" if compiled else "off, on a CPU its start costs more than it gains")
         return torch.compile(self, dynamic=False) if compiled else self
 
     @torch.no_grad()

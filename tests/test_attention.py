@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from nanochat.attention import FULL, attention, backend_for
+from nanochat import attention as attention_module
+from nanochat.attention import FULL, attention, backend_for, prepare_block_masks
 
 B, H, D = 2, 4, 6
 
@@ -64,6 +65,19 @@ def test_keys_outside_the_window_and_in_the_future_get_no_gradient(window):
     attention(q, k, v, window)[:, query].sum().backward()
     touched = v.grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
     assert touched == list(range(max(0, query - window), query + 1))
+
+
+@pytest.mark.parametrize("window", [5, 64])
+def test_compiled_flex_attention_is_ours(monkeypatch, window):
+    """As it is called on a GPU, except that a CPU has no backward for it; the masks are there before compilation."""
+    monkeypatch.setattr(attention_module, "_block_masks", {})
+    q, k, v = (t.float() for t in tensors(140, 140, 2))
+    compiled = torch.compile(lambda *qkv: attention(*qkv, window, "flex"), backend="eager", fullgraph=True)
+    prepare_block_masks(140, [window, FULL, 139], q.device)
+    assert list(attention_module._block_masks) == [(140, window, q.device)]
+    monkeypatch.setattr(attention_module, "_mask", None)  # flex it is
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v), slow_attention(q, k, v, window), rtol=0, atol=1e-5)
 
 
 def test_cpu_uses_sdpa():
