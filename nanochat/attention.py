@@ -10,6 +10,11 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+try:
+    from flash_attn_interface import flash_attn_func as flash_attention_3
+except ImportError:
+    flash_attention_3 = None
+
 FULL = -1  # a window that reaches back to the first token
 
 
@@ -21,7 +26,7 @@ def backend_for(device_type: str, compiled: bool) -> str:
     skips the blocks outside the window; otherwise SDPA with a mask.
     """
     if device_type == "cuda":
-        if torch.cuda.get_device_capability()[0] == 9 and _flash_attention_3() is not None:
+        if torch.cuda.get_device_capability()[0] == 9 and flash_attention_3 is not None:
             return "fa3"
         if compiled:
             return "flex"
@@ -38,7 +43,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = F
     if window >= S - 1:
         window = FULL
     if backend == "fa3":
-        return _flash_attention_3()(q, k, v, causal=True, window_size=(window, 0 if window != FULL else -1))
+        y = flash_attention_3(q, k, v, causal=True, window_size=(window, 0 if window != FULL else -1))
+        return y[0] if isinstance(y, tuple) else y  # older releases return the log-sum-exp too
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     grouped = q.size(1) != k.size(1)
     if window == FULL and T == S:
@@ -65,16 +71,7 @@ _block_masks: dict[tuple[int, int, torch.device], object] = {}  # by T, window a
 def prepare_block_masks(T: int, windows: list[int], device: torch.device) -> None:
     """Make FlexAttention's masks, before compilation: inside it they would be made anew in every step."""
     from torch.nn.attention.flex_attention import create_block_mask
-    for window in {w for w in windows if 0 <= w < T - 1}:
+    for window in {w for w in windows if 0 <= w < T - 1 and (T, w, device) not in _block_masks}:
         def visible(b, h, i, j, window=window):
             return (i >= j) & (i - j <= window)
         _block_masks[T, window, device] = create_block_mask(visible, None, None, T, T, device=device)
-
-
-@lru_cache(maxsize=1)
-def _flash_attention_3():
-    try:
-        from flash_attn_interface import flash_attn_func
-    except ImportError:
-        return None
-    return flash_attn_func

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
-from nanochat.common import UserError, print0
+from nanochat.common import Compute, UserError, print0
 
 FORMAT, TENSORS, STATE, MANIFEST = 1, "tensors.safetensors", "state.json", "manifest.json"
 SPACE_MARGIN = 2**20  # bytes beyond the data itself: headers, manifest, the file system's own bookkeeping
@@ -89,6 +90,18 @@ def load_checkpoint(folder: Path, step: int | None = None, before: float = math.
     if damaged:
         raise UserError(f"no checkpoint to resume from: {'; '.join(damaged)}; restore one from a copy, or move it away")
     return None
+
+
+def load_checkpoint_together(folder: Path, compute: Compute, before: float = math.inf) -> tuple[int, dict] | None:
+    """`load_checkpoint`, chosen by rank 0 and loaded by all; collective."""
+    found = load_checkpoint(folder, before=before) if compute.is_main else None
+    if compute.world_size == 1:
+        return found
+    chosen = torch.tensor(found[0] if found else -1, device=compute.device)
+    dist.broadcast(chosen, 0)
+    if compute.is_main or chosen.item() < 0:
+        return found
+    return load_checkpoint(folder, step=int(chosen))
 
 
 def load_model_weights(path: Path) -> dict[str, torch.Tensor]:

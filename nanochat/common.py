@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import errno
 import hashlib
 import json
@@ -17,6 +18,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +38,9 @@ def run_main(main, *also: type[Exception]) -> None:
     """Run an entry point and exit. One line on stderr and status 2: a `UserError`, one of `also`, and what the system
     refuses (no room on the disk, no permission, no memory on the GPU). Ctrl-C: status 130.
     """
+    ended = False
     try:
-        code = main()
+        code, ended = main(), True
     except (UserError, OSError, torch.OutOfMemoryError, *also) as e:
         room = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; make room, then run the same command again (training: with --resume auto)" if room else ""
@@ -47,7 +50,7 @@ def run_main(main, *also: type[Exception]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (ended or dist.get_backend() != "nccl"):  # NCCL would wait for ranks that wait for this one
             dist.destroy_process_group()
     sys.exit(code)
 
@@ -84,6 +87,15 @@ class Compute:
         if self.world_size > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave the body when all ranks are through it, even if one takes longer than NCCL waits (ten minutes)."""
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if self.world_size > 1 else None
+        yield
+        if group is not None:
+            dist.barrier(group)
+            dist.destroy_process_group(group)
+
 
 def init_compute(device_type: str = "") -> Compute:
     """Choose the device (`""` = cuda if present, else cpu) and join the process group if torchrun started us.
@@ -98,7 +110,9 @@ def init_compute(device_type: str = "") -> Compute:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device, gpus = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
+        if device.index >= gpus:
+            raise UserError(f"there are more processes than GPUs on this machine; give torchrun --nproc_per_node {gpus}, or --device-type cpu")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64  # one program per matrix shape, and a sweep of models in one process
@@ -282,11 +296,10 @@ class Stopwatch:
     """Seconds left, from the steps done since the start (the first `skip` are warm-up and do not count)."""
 
     def __init__(self, total: int, done: int = 0, skip: int = 1):
-        self.total, self.start, self.skip, self.done, self.t0 = total, done, skip, done, None
+        self.total, self.start, self.skip, self.t0 = total, done, skip, None
 
     def tick(self, done: int) -> float | None:
         """Call after each step; returns seconds left, or None while there is nothing to tell."""
-        self.done = done
         if self.t0 is None:
             if done - self.start >= self.skip:
                 self.t0, self.start = time.perf_counter(), done

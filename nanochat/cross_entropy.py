@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 SOFTCAP = 15.0
 CHUNK_ELEMENTS = 1 << 22  # logits held at a time by the chunked form: 16 MB. With fewer, the weights are read too often
@@ -59,6 +60,7 @@ class ChunkedLoss(torch.autograd.Function):
         return total * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         grad_x, grad_w = ctx.saved_tensors
         grad = grad[:, None, None]

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=-2)
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (..., T, K)
-            v = torch.addcmul(v, gate.unsqueeze(-1), ve.unflatten(-1, (-1, self.head_dim)))
+            v = torch.addcmul(v, gate.unsqueeze(-1), ve.to(v.dtype).unflatten(-1, (-1, self.head_dim)))
         qk = rotary_norm(qk, cos, sin)
         lead = qk.shape[:-3]
         qk, v = qk.flatten(0, -4), v.flatten(0, -4)  # runs join the batch: attention has no weights
@@ -238,7 +238,7 @@ class GPT(nn.Module):
 
         x = x0 = norm(self.transformer.wte(idx))
         scalars = (1, 1, 1) if self.runs is None else (-1, 1, 1, 1)
-        per_layer = [p.to(x.dtype).unbind(-1) for p in (self.resid_lambdas, self.x0_lambdas)]
+        per_layer = [p.unbind(-1) for p in (self.resid_lambdas, self.x0_lambdas)]
         for i, block in enumerate(self.transformer.h):
             x = mix(x, x0, *(lambdas[i].view(scalars) for lambdas in per_layer))
             ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None

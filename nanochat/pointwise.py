@@ -1,7 +1,7 @@
 """The model's pointwise parts, each with its backward by hand.
 
 Eager autograd writes every intermediate of a formula to memory and keeps most of them; on a CPU that is where a small
-step's time goes. By hand each part keeps at most two tensors, its output among them where a product keeps that anyway.
+step's time goes. By hand each part keeps few tensors, its output among them where a product keeps that anyway.
 The plain forms are what the parts mean: `torch.compile` fuses those by itself, and bf16 needs their wider accumulation.
 
 T time, H heads, D head dim, C channels; leading axes are free.
@@ -45,7 +45,7 @@ def mix(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 # plain
 
 def plain_norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)  # autocast makes it fp32 from torch 2.12 on
 
 
 def plain_rotary_norm(x, cos, sin):
@@ -58,7 +58,7 @@ def plain_mlp(x, up, down):
 
 
 def plain_mix(x, y, a, b):
-    return a * x + b * y
+    return (a * x + b * y).to(x.dtype)
 
 
 # -----------------------------------------------------------------------------

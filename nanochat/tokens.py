@@ -12,7 +12,6 @@ cache. The offsets are written last: a shard that has them is whole, and an inte
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
 from nanochat.common import Compute, UserError, base_dir, print0, write_json
@@ -56,16 +54,11 @@ class TokenCache:
         key = hashlib.sha256(json.dumps([FORMAT, tokenizer.fingerprint, records]).encode()).hexdigest()[:16]
         folder = base_dir() / "data" / "tokens" / key
         cache = cls(folder, len(shards), np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        several = compute is not None and compute.world_size > 1
-        if several:    # a group of its own, because tokenizing may outlast the ten minutes after which NCCL gives up
-            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-        if compute is None or compute.is_main:
-            with locked(folder):
-                write_json(folder / "cache.json", {"tokenizer": tokenizer.fingerprint, "shards": records})
-                cache._fill(shards, tokenizer)
-        if several:
-            dist.barrier(group)
-            dist.destroy_process_group(group)
+        with compute.together() if compute else contextlib.nullcontext():
+            if compute is None or compute.is_main:
+                with locked(folder):
+                    write_json(folder / "cache.json", {"tokenizer": tokenizer.fingerprint, "shards": records})
+                    cache._fill(shards, tokenizer)
         for split in SPLITS:
             if not any(len(cache.documents(split, shard)[0]) for shard in cache.shards(split)):
                 raise UserError(f"{data_folder} leaves no document for the {split} split; give it more documents "

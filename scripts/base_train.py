@@ -21,7 +21,7 @@ import torch
 from jel.actions import IDENTITY, apply_multipliers, validate_multipliers
 from jel.controller import Controller, load_controller
 from jel.errors import JelError
-from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint, rng_state, set_rng_state, untrusted
+from nanochat.checkpoint import CheckpointWriter, check_tensors, load_checkpoint_together, rng_state, set_rng_state, untrusted
 from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, format_seconds, init_compute, print0, run_main,
                              seed_everything)
 from nanochat.dataloader import DataLoader, fixed_batches
@@ -229,8 +229,8 @@ def main() -> int:
         return mean_over_ranks(sum(losses) / accumulation, compute)
 
     def probe_loss() -> float:
-        with evaluating():
-            return sum(model(x, y).item() for x, y in probes) / len(probes)
+        with evaluating():  # the mean over ranks: GPUs may differ in the last bit, and ranks must not decide apart
+            return mean_over_ranks(sum(model(x, y).double() for x, y in probes) / len(probes), compute)
 
     # -------------------------------------------------------------------------
     # resume
@@ -339,6 +339,7 @@ def main() -> int:
             guard.accept(step, train_loss)
             smooth_loss = train_loss if math.isnan(smooth_loss) else 0.9 * smooth_loss + 0.1 * train_loss
         plain_model.zero_grad(set_to_none=True)
+        compute.synchronize()
         seconds_step = time.perf_counter() - t0
         seconds += seconds_step
         shown = guard.limit(multipliers).get("*", {})
@@ -406,18 +407,6 @@ def check_batch(args: argparse.Namespace, tokens_per_micro_step: int) -> None:
                         f"(--device-batch-size x --max-seq-len x ranks); the nearest that does is {nearest}")
 
 
-def load_checkpoint_together(folder: Path, compute: Compute, before: float = math.inf) -> tuple[int, dict] | None:
-    """The newest whole checkpoint (of a step up to `before`, if there is one), chosen by rank 0 and loaded by all."""
-    found = load_checkpoint(folder, before=before) if compute.is_main else None
-    if compute.world_size == 1:
-        return found
-    chosen = torch.tensor(found[0] if found else -1, device=compute.device)
-    torch.distributed.broadcast(chosen, 0)
-    if compute.is_main or chosen.item() < 0:
-        return found
-    return load_checkpoint(folder, step=int(chosen))
-
-
 def older_checkpoint(folder: Path, before: int, writer: CheckpointWriter | None, compute: Compute) -> tuple[int, dict]:
     """The newest checkpoint of a step up to `before`, or the oldest if all are later."""
     if writer:
@@ -435,7 +424,7 @@ def global_grad_norm(model: GPT, compute: Compute) -> float:
         for gradient in gradients:
             torch.distributed.all_reduce(gradient)
             gradient.div_(compute.world_size)
-    return torch.nn.utils.get_total_norm(gradients).item()
+    return torch.nn.utils.get_total_norm([g.float() if g.element_size() < 4 else g for g in gradients]).item()
 
 
 def mean_over_ranks(loss: torch.Tensor, compute: Compute) -> float:

@@ -240,20 +240,25 @@ def main() -> int:
             show(bf16_row(straight, 0.05 * seconds))
             if not args.quick and shutil.which("g++"):
                 show(compile_row(step, ours, 0.05 * seconds))
+            elif not args.quick:
+                print0("torch.compile on a CPU: not measured, there is no g++")
         else:
             show(recompilation_row(step, ours))
         found = ask(ours, {"case": "data", "files": 300, "vocab_size": step["model"]["vocab_size"], "seconds": 1.0})
         show(*episode_rows(device, [(preset, episode, meta.num_iterations), ("small", SMALL_EPISODE, meta.num_iterations)], ours, 0.25 * seconds))
-        show(*sweep_rows({**step, "accumulation": 1}, [ours, second], 0.2 * seconds))
+        one_rank = {**step, "accumulation": 1}
+        if device == "cuda":  # 8 runs side by side, and the largest sizes of the curves, must fit its memory
+            one_rank["rows"] = max(4, step["rows"] // 8)
+        show(*sweep_rows(one_rank, [ours, second], 0.2 * seconds))
         show(*data_rows(found, fastest), import_row())
         show(*controller_rows(step, train.decision_interval, ours, tokens(step) / table[0].ours))
-    curves = measure(device, {"case": "step", "form": "ours", **step, "accumulation": 1}, 0.25 * seconds)
+    curves = measure(device, {"case": "step", "form": "ours", **one_rank}, 0.25 * seconds)
     for axis, found in curves.items():
         points = ", ".join(f"{n}: {cost:.4g}" for n, cost in zip(found["sizes"], found["costs"]))
         print0(f"{f'growth with {axis}':<52} exponent {found['exponent']:.2f} ({points}) {found['unit']}", found["reason"], sep="; ")
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_figure(growth_figure(curves, f"{preset} on {device}: a training step, {describe(step)}"), folder, "growth")
+    save_figure(growth_figure(curves, f"{preset} on {device}: a training step, {describe(one_rank)}"), folder, "growth")
     taken = time.perf_counter() - begin
     write_json(folder / "bench.json", {"preset": preset, "environment": environment_record(compute), "cores": os.cpu_count(),
                                        "seconds": taken, "rows": [asdict(row) for row in table], "growth": curves})

@@ -9,6 +9,7 @@ R runs, B batch, T time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -53,7 +54,8 @@ class Worker:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
 
@@ -190,6 +192,8 @@ def case_memory(spec: dict, compute) -> Callable[[], dict]:
     def turn() -> dict:
         small = {"runs": 1, "rows": 1, "model": {**spec["model"], "sequence_len": 8, "n_layer": 1}}
         case_step({**spec, **small}, compute)()  # what PyTorch loads on first use is not the case's
+        if compute.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
         before, step = peak(), case_step(spec, compute)
         for _ in range(3):
             step()
@@ -279,7 +283,10 @@ def main() -> int:
         for _ in range(turns):
             result = cases[key]()
         compute.synchronize()
-        print(json.dumps({"seconds": time.perf_counter() - start, "result": result}), file=answers)
+        seconds = time.perf_counter() - start
+        if compute.is_cuda:
+            torch.cuda.empty_cache()  # other workers share the GPU
+        print(json.dumps({"seconds": seconds, "result": result}), file=answers)
     return 0
 
 

@@ -20,8 +20,8 @@ from jel.meta import MetaConfig, MetaTrainer
 from jel.policy import GaussianPolicy, save_policy
 from jel.rollout import Interrupted
 from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
-from nanochat.checkpoint import CheckpointWriter, load_checkpoint, untrusted
-from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute, print0,
+from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
+from nanochat.common import (Compute, RunLog, Stopwatch, derive_seed, environment_record, format_seconds, init_compute, print0,
                              run_main, seed_everything)
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
@@ -150,7 +150,7 @@ def main() -> int:
 
     seconds, records, resumed = 0.0, [], None
     if args.resume == "auto":
-        resumed = load_checkpoint(folder / "checkpoints")
+        resumed = load_checkpoint_together(folder / "checkpoints", compute)
     if resumed:
         done, saved = resumed
         with untrusted(f"checkpoint in {folder}"):

@@ -31,17 +31,17 @@ def hold(folder: Path, compute: Compute, wait: bool) -> IO | None:
     If one does already (say, a rank that outlived its torchrun), wait for it to end, or raise `UserError`. Collective.
     """
     lock = None
-    if compute.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if not wait:
-                raise UserError(f"another process is training in {folder}; give another --model-tag, or wait for it to end") from None
-            print0(f"waiting for the process that is training in {folder} to end")
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-    compute.barrier()
+    with compute.together():
+        if compute.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if not wait:
+                    raise UserError(f"another process is training in {folder}; give another --model-tag, or wait for it to end") from None
+                print0(f"waiting for the process that is training in {folder} to end")
+                fcntl.lockf(lock, fcntl.LOCK_EX)
     return lock
 
 

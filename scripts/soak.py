@@ -159,7 +159,7 @@ class Soak:
         trial = Trial(self.subjects[name], self.new_base(f"undisturbed-{name}"), random.Random())
         found = trial.run()
         if found is None:
-            raise UserError(f"the undisturbed run failed ({'; '.join(trial.wrong)}); all it printed is in {trial.base / 'output.txt'}")
+            raise UserError(f"the undisturbed run failed ({'; '.join(trial.wrong)}); all it printed is in {trial.base}.txt")
         return found
 
     def lane(self) -> None:

@@ -78,19 +78,19 @@ def subjects(corpus: Path, policy: Path, schedule: Path) -> dict[str, Subject]:
 
 
 class Life:
-    """One process of a run, from its start to its end; what it prints goes to `<base>/output.txt`."""
+    """One process of a run, from its start to its end; what it prints goes to `<base>.txt`, on a disk that never fills."""
 
     def __init__(self, subject: Subject, base: Path):
-        self.subject, self.base, self.folder = subject, base, base / "runs" / "run"
+        self.subject, self.base, self.folder, self.output = subject, base, base / "runs" / "run", base.with_name(base.name + ".txt")
         self.logged_before = self.steps()
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(subject.ranks), "--max-restarts", "3", "-m"]
         resume = ["--resume", "auto"] if subject.module != "sweep" else []
-        with open(base / "output.txt", "a") as output:
+        with open(self.output, "a") as output:
             self.said_before = output.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *(launcher if subject.ranks > 1 else []), f"scripts.{subject.module}", *subject.flags, *resume],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"})
+                env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         self.begin = time.monotonic()
 
     def steps(self) -> int:
@@ -102,7 +102,7 @@ class Life:
         return re.search(r"^(step|update) \d", self.said(), re.MULTILINE) is not None
 
     def said(self) -> str:
-        with open(self.base / "output.txt", "rb") as f:
+        with open(self.output, "rb") as f:
             f.seek(self.said_before)
             return f.read().decode(errors="replace")
 

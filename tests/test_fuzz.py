@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 

@@ -72,6 +72,14 @@ def test_bf16_takes_the_plain_form():
     assert torch.equal(pointwise.norm(x), pointwise.plain_norm(x)) and not pointwise.by_hand(x)
 
 
+def test_parts_keep_the_type_of_what_they_are_given(monkeypatch):
+    """Under CUDA's autocast `rms_norm` returns fp32, and the scalars of `mix` are fp32."""
+    monkeypatch.setattr(pointwise.F, "rms_norm", lambda x, shape, eager=pointwise.F.rms_norm: eager(x, shape).float())
+    x, scalar = torch.randn(2, 4, 3, 8, dtype=torch.bfloat16), torch.tensor(1.001).view(1, 1, 1)
+    cos, sin = torch.randn(2, 4, 3, 4)
+    assert pointwise.norm(x).dtype == pointwise.rotary_norm(x, cos, sin).dtype == pointwise.mix(x, x, scalar, scalar).dtype == x.dtype
+
+
 def test_compiled_model_is_the_eager_one():
     """Compiled, every part is plain: one graph, the same losses and gradients."""
     config = GPTConfig(sequence_len=8, vocab_size=70, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)

@@ -64,7 +64,7 @@ class PretrainTask:
             return torch.stack([self.forward(x, y) for x, y in self.probes]).mean(0)
 
     def grad_norm(self) -> Tensor:
-        return sum(p.grad.flatten(1).square().sum(1) for p in self.model.parameters()).sqrt()
+        return sum(p.grad.flatten(1).to(torch.promote_types(p.dtype, torch.float32)).square().sum(1) for p in self.model.parameters()).sqrt()
 
     def close(self) -> None:
         for loader in self.loaders:
@@ -73,6 +73,7 @@ class PretrainTask:
     def _build(self, e: int) -> None:
         """The batched model, its optimizer and its loader, for e episodes side by side."""
         self.close()
+        self.model = self._single = self.forward = self.optimizer = None  # freed before the next ones are made
         device = self.compute.device
         with torch.device("meta"):
             self.model, self._single = GPT(self.config, runs=e), GPT(self.config)
