@@ -7,6 +7,7 @@ Shapes: E episodes, A = len(ACTIONS) actions. Multipliers are named, by param gr
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
+
+LARGEST = sys.float_info.max  # an integer may be finite and yet no float
 
 ACTIONS = ("lr", "weight_decay")
 IDENTITY = {"*": {name: 1.0 for name in ACTIONS}}
@@ -63,7 +66,7 @@ def validate_multipliers(multipliers: Multipliers, group_names: Collection[str])
         raise JelError(f"multipliers for unknown group {_listed(unknown)}; the groups are *, {_listed(group_names)}")
     for group, factors in multipliers.items():
         for key, value in factors.items():
-            if not isinstance(value, Tensor) and not (isinstance(value, Real) and 0.0 < value < math.inf):
+            if not isinstance(value, Tensor) and not (isinstance(value, Real) and 0.0 < value <= LARGEST):
                 raise JelError(f"multiplier {group}.{key} is {value!r}; it must be a finite number above 0")
 
 

@@ -11,8 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("suite", derandomize="EXAMPLES" not in os.environ)  # the same examples in every run
+settings.load_profile("suite")
 ROOT = Path(__file__).parent.parent
 
 

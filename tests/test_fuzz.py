@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from jel.actions import apply_multipliers
 from jel.errors import JelError
@@ -33,7 +34,8 @@ CHANGE = st.tuples(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.s
 
 
 def examples(number: int):
-    return settings(max_examples=number, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    """EXAMPLES=20 tries so many times as many, and others in every run."""
+    return settings(max_examples=number * int(os.environ.get("EXAMPLES", "1")), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @contextlib.contextmanager
@@ -121,6 +123,7 @@ def test_policies_with_a_card_that_vouches_for_them(policy, tmp_path, change, da
 
 @examples(200)
 @given(change=CHANGE, data=st.none() | BYTES, progress=st.floats(0, 1, exclude_max=True))
+@example(change=([3, 1, 1, 0, 0], "set", 10**400), data=None, progress=0.5)
 def test_schedules(tmp_path, change, data, progress):
     text = json.dumps(altered(export_schedule(GaussianPolicy(hidden=4), [0.0, 0.5]), change))
     (tmp_path / "s.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
