@@ -220,7 +220,7 @@ def main() -> int:
         good_loss = guard.recent[-1] if skip and guard.recent else train_loss  # not that of a batch that is left out
         values = {"progress": lambda: step / num_iterations, "step": lambda: step, "train_loss": lambda: good_loss,
                   "grad_norm": lambda: global_grad_norm(plain_model, compute), "probe_loss": probe_loss}
-        return {name: float(values[name]()) for name in controller.observes}
+        return {name: float(values[name]()) for name in sorted(controller.observes)}  # two are collective: one order on all ranks
 
     def loss_of(step: int) -> float:
         """Training loss of the batch of `step` under the present weights."""

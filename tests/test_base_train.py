@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -135,3 +137,16 @@ def test_resume_with_other_flags_is_refused(base, train):
     result = train("flagged", "--resume", "auto", "--matrix-lr", "0.5")
     assert result.returncode == 2 and "--matrix-lr 0.02 -> 0.5" in result.stderr
     assert (base / "runs" / "flagged" / "result.json").read_bytes() == before
+
+
+def test_ranks_observe_in_one_order(train):
+    """Two observations are collective, and a set of names has another order in every process: seeds 0 and 1 differ."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    flags = ("--controller", "tests.test_base_train:Doubler", "--num-iterations", "3", "--decision-interval", "1",
+             "--device-batch-size", "1", "--save-every", "0")
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(train, "observers", *flags, RANK=str(rank), PYTHONHASHSEED=str(rank), **address) for rank in range(2)]
+        for rank in ranks:
+            assert rank.result().returncode == 0, rank.result().stderr
