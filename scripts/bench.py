@@ -134,7 +134,7 @@ def compile_row(shape: dict, worker: Worker, seconds: float) -> Row:
     """Whether compiling the model pays on a CPU: the step eager, as it is shipped, against the same step compiled."""
     spec = {"case": "step", "turns": 4, **shape}
     return compared(f"eager on a CPU ({describe(shape)})", "tokens/s", 4 * tokens(shape), partial(run, worker, {**spec, "form": "ours"}),
-                    "torch.compile", partial(run, worker, {**spec, "form": "compiled"}), seconds, note="which takes half a minute to start")
+                    "torch.compile", partial(run, worker, {**spec, "form": "compiled"}), seconds, note="once it has compiled")
 
 
 def has_native_bf16() -> bool:

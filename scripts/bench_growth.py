@@ -25,7 +25,7 @@ REASONS = {  # what makes a curve steeper than linear, where one is
     "batch": "its activations outgrow the cache",
     "episodes": "their activations outgrow the cache",
     "threads": "every operation ends with the threads waiting for each other",
-    "ranks": "gloo takes a millisecond or so for an exchange of any size, and a step has 16",
+    "ranks": "a step has an exchange or two for each param group, and each takes its time whatever its size",
 }
 
 
