@@ -5,6 +5,8 @@ R runs, N tokens, C width, V vocabulary. Logits are at least fp32 and capped at 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -33,7 +35,8 @@ class ChunkedLoss(torch.autograd.Function):
     """Mean softcapped cross-entropy without ever holding the full logits, forward and gradient in one sweep.
 
     Twin of `mean_loss(cross_entropy(softcapped_logits(x, w), t), t)`. With z the sigmoid of 2/15 of a logit the capped
-    one is `15 (2 z - 1)`, and its gradient `(softmax - onehot) 4 z (1 - z)`: on a CPU a sigmoid costs a fifth of a tanh.
+    one is `15 (2 z - 1)`, and its gradient `(softmax - onehot) 4 z (1 - z)`: on a CPU a sigmoid costs a quarter of a tanh,
+    and a power of 2 half of one of e.
     """
 
     @staticmethod
@@ -49,7 +52,7 @@ class ChunkedLoss(torch.autograd.Function):
             x_i, t_i = x[:, i:i + rows], targets[:, i:i + rows, None]            # (R, n, C), (R, n, 1)
             valid, t_i = t_i >= 0, t_i.clamp_min(0)
             z = torch.bmm(x_i * (2 / SOFTCAP), weight.mT).sigmoid_()             # (R, n, V)
-            g = (z * (2 * SOFTCAP)).exp_()                                       # at most e^30: no maximum to subtract
+            g = (z * (2 * SOFTCAP / math.log(2))).exp2_()                        # at most e^30: no maximum to subtract
             sums, z_t = g.sum(-1, keepdim=True), z.gather(-1, t_i)
             total += ((sums.log() - 2 * SOFTCAP * z_t) * valid).sum((1, 2))
             g.mul_(z).addcmul_(g, z, value=-1).scatter_add_(-1, t_i, sums * z_t * (z_t - 1))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.optim.adamw import adamw
 
 SHARD_MIN_NUMEL = 4096  # smaller AdamW tensors are updated by every rank: cheaper than gathering them
 CACHE_ELEMENTS = 1 << 17  # matrix elements that a CPU updates at a time, so that its passes over them stay in cache
@@ -129,12 +128,11 @@ class AdamWShard(Shard):
         tensors = [params, [g.contiguous() for g in grads], *averages]
         rates = [torch.as_tensor(self.group[name], dtype=torch.float64) for name in ("lr", "weight_decay")]
         rates = torch.stack(torch.broadcast_tensors(*rates))  # (2,) or (2, R)
-        per_run, (beta1, beta2) = rates.dim() == 2, self.group["betas"]
-        parts = [[[t[r] for t in ts] for ts in tensors] for r in range(len(params[0]))] if per_run else [tensors]
+        parts = [tensors] if rates.dim() == 1 else zip(*(zip(*(t.unbind() for t in ts)) for ts in tensors))
+        (beta1, beta2), steps = self.group["betas"], [torch.tensor(float(self.steps))] * len(params)
         for part, (lr, weight_decay) in zip(parts, rates.view(2, -1).T.tolist(), strict=True):
-            steps = torch.full((len(params),), self.steps - 1.0).unbind()  # the call counts them up
-            adamw(*part, [], list(steps), fused=True, amsgrad=False, maximize=False, lr=lr, weight_decay=weight_decay,
-                  beta1=beta1, beta2=beta2, eps=self.group["eps"])
+            torch._fused_adamw_(*part, [], steps, amsgrad=False, maximize=False, lr=lr, weight_decay=weight_decay,
+                                beta1=beta1, beta2=beta2, eps=self.group["eps"])
 
     def gather(self) -> None:
         self._grads = None

@@ -65,6 +65,9 @@ class TokenCache:
                                 "(validation needs a shard with 1, training another with 2)")
         return cache
 
+    def __reduce__(self):  # another process maps the files itself
+        return TokenCache, (self.folder, self.n_shards, self.dtype)
+
     # -----------------------------------------------------------------------------
     # reading
 

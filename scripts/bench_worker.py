@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from nanochat.common import UserError
@@ -146,13 +147,18 @@ def case_step(spec: dict, compute) -> Callable[[], None]:
 
 
 def case_episodes(spec: dict, compute) -> Callable[[], None]:
-    """STEPS steps of each of `episodes` episodes, `together` at a time, and a probe batch (tiny: 4 every 15 steps)."""
+    """STEPS steps of each of `episodes` episodes, `together` at a time, and a probe batch (tiny: 4 every 15 steps).
+
+    Those that are together share `workers` processes, or are one program in this one.
+    """
     import torch
+    from jel.parallel import ParallelTask
     from jel.tasks.pretrain import PretrainTask
     from nanochat.gpt import GPTConfig
-    together = spec["together"]
-    task = PretrainTask(GPTConfig(**spec["model"]), open_cache(), compute, num_steps=99, batch_size=spec["rows"], probe_batches=1,
-                        base_lr=1e-3, base_wd=1e-2, schedule=SCHEDULE, seed=0)
+    together, workers = spec["together"], spec.get("workers", 1)
+    make = partial(PretrainTask, GPTConfig(**spec["model"]), open_cache(), compute, num_steps=99, batch_size=spec["rows"], probe_batches=1,
+                   base_lr=1e-3, base_wd=1e-2, schedule=SCHEDULE, seed=0)
+    task = make() if workers == 1 else ParallelTask(make, workers, 99)
     task.reset(0, range(together))
     factors = {name: torch.ones(together) for name in ("lr", "weight_decay")}
     step = 0

@@ -10,18 +10,21 @@ Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, pol
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from functools import partial
 
 import torch
 
 from jel.errors import JelError
 from jel.grpo import PolicyUpdate, group_advantages, standard_grpo_advantages
 from jel.meta import MetaConfig, MetaTrainer
+from jel.parallel import ParallelTask
 from jel.policy import GaussianPolicy, save_policy
 from jel.rollout import Interrupted
 from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
-from nanochat.common import (Compute, RunLog, Stopwatch, derive_seed, environment_record, format_seconds, init_compute, print0,
+from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute, print0,
                              run_main, seed_everything)
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
@@ -71,6 +74,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--updates", type=int, default=50)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
     flag("--episode-chunk", type=int, default=-1, help="episodes side by side on a device; -1 = as many as fit its free memory")
+    flag("--episode-workers", type=int, default=-1, help="processes that share them on a CPU, a thread each; 1 = this one, with all threads; -1 = one a core")
     flag("--policy-lr", type=float, default=3e-4)
     flag("--gamma", type=float, default=0.99)
     flag("--clip", type=float, default=0.2)
@@ -88,7 +92,7 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-MAY_CHANGE = {"resume", "run", "model_tag", "save_every", "device_type", "episode_chunk"}  # ... when a run goes on
+MAY_CHANGE = {"resume", "run", "model_tag", "save_every", "device_type", "episode_chunk", "episode_workers"}  # ... when a run goes on
 
 
 def main() -> int:
@@ -126,13 +130,16 @@ def main() -> int:
                                   vocab_size=tokenizer.vocab_size, window_pattern=args.window_pattern)
     schedule = {"warmup_ratio": args.warmup_ratio, "warmdown_ratio": args.warmdown_ratio, "final_lr_frac": args.final_lr_frac,
                 "final_wd_frac": 0.0}
-    task = PretrainTask(config, cache, compute, num_steps=args.num_iterations, batch_size=args.episode_batch_size,
-                        probe_batches=args.probe_batches, base_lr=args.base_lr, base_wd=args.base_wd, schedule=schedule,
-                        seed=args.seed, shared=args.episode_starts == "shared")
     share = -(-args.episodes // compute.world_size)
     each, free = episode_bytes(config, args.episode_batch_size), least_over_ranks(free_bytes(compute.device), compute)
     chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
-    print0(f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)")
+    workers = min(chunk, workers_for(args.episode_workers, compute))
+    print0(f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in {workers} process{'es' * (workers > 1)} "
+           f"(about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)")
+    make_task = partial(PretrainTask, config, cache, compute, num_steps=args.num_iterations, batch_size=args.episode_batch_size,
+                        probe_batches=args.probe_batches, base_lr=args.base_lr, base_wd=args.base_wd, schedule=schedule,
+                        seed=args.seed, shared=args.episode_starts == "shared")
+    task = make_task() if workers == 1 else ParallelTask(make_task, workers, args.num_iterations)
 
     # -------------------------------------------------------------------------
     # the policy and its training
@@ -215,6 +222,15 @@ def main() -> int:
     compute.barrier()  # gloo aborts in a rank that tears down after another has gone
     print0(f"done: {args.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
     return 0
+
+
+def workers_for(given: int, compute: Compute) -> int:
+    """How many processes train episodes on this rank. Raises `UserError` for what the device cannot do."""
+    if given < 1 and given != -1:
+        raise UserError(f"--episode-workers is {given}; give 1 or more, or -1 to choose it here")
+    if given > 1 and compute.is_cuda:
+        raise UserError(f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, over several GPUs use torchrun")
+    return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
 
 
 def least_over_ranks(value: int, compute: Compute) -> int:

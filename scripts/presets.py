@@ -20,8 +20,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
         "base_train": {**_TINY, "max_seq_len": 128, "num_iterations": 250, "total_batch_size": 2048, "device_batch_size": 16,
                        "lr_batch_rule": "none", "eval_every": 25, "eval_tokens": 65536, "save_every": 50},
-        "meta_train": {**_TINY, "num_iterations": 75, "decision_interval": 15, "episode_seq_len": 64, "episode_batch_size": 16,
-                       "policy_lr": 3e-3, "updates": 12},
+        "meta_train": {**_TINY, "num_iterations": 75, "decision_interval": 15, "episode_seq_len": 64, "episode_batch_size": 8,
+                       "policy_lr": 3e-3, "updates": 10},
     },
     "smoke": {
         "sweep": {"seeds": [42], "settings": 3},

@@ -23,7 +23,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @pytest.fixture(scope="module")
 def smoke(corpus):
-    return ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--updates", "4", "--episodes", "3", "--resume", "auto"]
+    return ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--updates", "4", "--episodes", "3", "--resume", "auto",
+            "--episode-workers", "1"]
 
 
 @pytest.fixture
@@ -101,6 +102,11 @@ def test_two_ranks_are_one_and_episodes_may_be_odd(base, smoke, undisturbed):
     assert left(base, "meta-pair") == undisturbed
 
 
+def test_two_processes_are_one(base, train, undisturbed):
+    assert train("meta-workers", "--episode-workers", "2") == 0
+    assert left(base, "meta-workers") == undisturbed
+
+
 def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
     policy, card = load_policy(base / "runs" / "meta-whole" / "policy")
     assert policy.is_progress_policy and card["training"]["flags"]["updates"] == 4
@@ -112,6 +118,8 @@ def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
 @pytest.mark.parametrize("flags, words", [
     (("--updates", "0"), "--updates is 0; it must be at least 1"),
     (("--episodes", "-1"), "--episodes is -1"),
+    (("--episode-workers", "0"), "--episode-workers is 0"),
+    (("--episode-workers", "2", "--episode-seq-len", "100000"), "too little text"),
     (("--policy-hidden", "5000"), "hidden"),
     (("--initial-log-std", "nan"), "initial_log_std is nan"),
     (("--action-range", "1"), "action_range is 1.0"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jel.actions import apply_multipliers
-from nanochat.common import Compute, derive_seed
+from nanochat.common import Compute, derive_seed, keep_freed_memory
 from nanochat.dataloader import DataLoader, fixed_batches
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.schedule import base_hparams, set_momentum
@@ -28,6 +28,8 @@ class PretrainTask:
         self.config, self.cache, self.compute, self.num_steps = config, cache, compute, num_steps
         self.batch_size, self.base_lr, self.base_wd = batch_size, base_lr, base_wd
         self.schedule, self.seed, self.shared = schedule, seed, shared
+        if compute.device.type == "cpu":
+            keep_freed_memory()  # again where this process has done it, but it may be a worker
         self.probes = fixed_batches(cache, "probe", batch_size, config.sequence_len, probe_batches, compute.device)
         self.loaders: list[DataLoader] = []  # one for all if shared, else one per episode
         self._episodes = 0
