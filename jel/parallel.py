@@ -80,8 +80,8 @@ class ParallelTask:
             for (_, connection), _ in busy:
                 answers.append(connection.recv())
         except (EOFError, OSError):
-            raise JelError("a process that trains episodes has ended, perhaps for want of memory; run the same command again "
-                           "with --resume auto, if need be with fewer --episode-workers") from None
+            raise JelError("a process that trains episodes has ended, perhaps for want of memory; go on from the last "
+                           "checkpoint, if need be with fewer such processes") from None
         for _, error, where in answers:
             if error is not None:
                 raise error from RuntimeError(f"in a worker:\n{where}")

@@ -133,7 +133,7 @@ def test_a_worker_measures_data_episodes_and_the_controller(worker):
     rows = bench.data_rows({**found, "loader": {128: 300.0}}, fastest=10.0)
     assert rows[1].ratio == 30.0
     episodes = {"case": "episodes", "episodes": 2, "rows": 2, "model": {**SPEC["model"], "vocab_size": 300, "sequence_len": 16}}
-    assert all(run(worker, {**episodes, "together": n}) > 0 for n in (1, 2))
+    assert all(run(worker, {**episodes, "together": n, "workers": workers}) > 0 for n, workers in ((1, 1), (2, 1), (2, 2)))
     milliseconds, percent = bench.controller_rows({"model": SPEC["model"]}, 50, worker, step_seconds=0.1)
     assert 0 < milliseconds.ours < 50 and percent.ours == pytest.approx(milliseconds.ours / 1e3 / (50 * 0.1) * 100)
 

@@ -110,7 +110,7 @@ def test_a_worker_that_is_gone_is_told_of(parallel):
     task = parallel(2)
     task.reset(0, range(2))
     os.kill(task._workers[1][0].pid, signal.SIGKILL)
-    with pytest.raises(JelError, match="has ended.*--resume auto"):
+    with pytest.raises(JelError, match="has ended.*last checkpoint"):
         task.train(0, 1, factors(range(2)))
 
 
