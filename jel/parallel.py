@@ -43,10 +43,9 @@ class ParallelTask:
 
     def reset(self, group: int, episodes: range) -> None:
         """Contiguous shares, as even as can be; with fewer episodes than workers the last ones have none."""
-        n, least = len(self._workers), episodes.start
-        bounds = [least + len(episodes) * i // n for i in range(n + 1)]
+        n, self._first = len(self._workers), episodes.start
+        bounds = [self._first + len(episodes) * i // n for i in range(n + 1)]
         self._shares = [range(a, b) for a, b in zip(bounds, bounds[1:])]
-        self._first = least
         self._ask("reset", lambda share: (group, share))
 
     def train(self, first_step: int, steps: int, factors: dict[str, Tensor]) -> None:

@@ -24,8 +24,8 @@ from jel.policy import GaussianPolicy, save_policy
 from jel.rollout import Interrupted
 from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
-from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute, print0,
-                             run_main, seed_everything)
+from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute,
+                             print0, run_main, seed_everything)
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
 from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
