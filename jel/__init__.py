@@ -7,7 +7,20 @@ from jel.policy import GaussianPolicy, default_policy_path, load_policy, save_po
 from jel.schedule import ScheduleController, export_schedule, load_schedule, save_schedule
 
 __all__ = [
-    "IDENTITY", "OBSERVATIONS", "Controller", "GaussianPolicy", "JelError", "NullController", "PolicyController",
-    "ScheduleController", "apply_multipliers", "default_policy_path", "export_schedule", "load_controller",
-    "load_policy", "load_schedule", "save_policy", "save_schedule",
+    "IDENTITY",
+    "OBSERVATIONS",
+    "Controller",
+    "GaussianPolicy",
+    "JelError",
+    "NullController",
+    "PolicyController",
+    "ScheduleController",
+    "apply_multipliers",
+    "default_policy_path",
+    "export_schedule",
+    "load_controller",
+    "load_policy",
+    "load_schedule",
+    "save_policy",
+    "save_schedule",
 ]

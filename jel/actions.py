@@ -31,12 +31,14 @@ def scales_from_actions(raw: Tensor, action_range: float) -> Tensor:
 
 def multipliers(scales: Tensor) -> dict[str, float | Tensor]:
     """Name the last axis: (A,) -> a float per action; (E, A) -> a tensor (E,) per action."""
-    return {name: column if column.ndim else column.item()
-            for name, column in zip(ACTIONS, scales.unbind(-1), strict=True)}
+    return {
+        name: column if column.ndim else column.item() for name, column in zip(ACTIONS, scales.unbind(-1), strict=True)
+    }
 
 
-def apply_multipliers(param_groups: Sequence[dict], base: Sequence[Mapping[str, float | Tensor]],
-                      multipliers: Multipliers) -> None:
+def apply_multipliers(
+    param_groups: Sequence[dict], base: Sequence[Mapping[str, float | Tensor]], multipliers: Multipliers
+) -> None:
     """Write `base value * multiplier` into every param group.
 
     `base[i]` is what the base schedule gives group i at this step, e.g. `{"lr": 0.02, "weight_decay": 0.1}`. A group's

@@ -22,8 +22,14 @@ from pathlib import Path
 
 from jel.actions import IDENTITY
 from jel.errors import JelError
-from jel.policy import (GaussianPolicy, default_policy_path, load_policy, numpy_multipliers, policy_digest,
-                        progress_weights)
+from jel.policy import (
+    GaussianPolicy,
+    default_policy_path,
+    load_policy,
+    numpy_multipliers,
+    policy_digest,
+    progress_weights,
+)
 
 OBSERVATIONS = frozenset({"progress", "step", "train_loss", "probe_loss", "grad_norm"})
 
@@ -48,8 +54,10 @@ class Controller:
     def load_state_dict(self, state: dict) -> None:
         """Continue as the controller that gave `state` would have."""
         if state:
-            raise JelError(f"{type(self).__name__} keeps no state, but the saved run's controller left some: "
-                           "resume with the controller that the run began with")
+            raise JelError(
+                f"{type(self).__name__} keeps no state, but the saved run's controller left some: "
+                "resume with the controller that the run began with"
+            )
 
 
 class NullController(Controller):
@@ -87,8 +95,10 @@ class PolicyController(Controller):
     def load_state_dict(self, state: dict) -> None:
         if state.get("policy_sha256") != self.digest:
             theirs = str(state.get("policy_sha256"))
-            raise JelError(f"the saved run was controlled by policy {theirs[:12]}, this is policy {self.digest[:12]}: "
-                           "resume with the policy that the run began with")
+            raise JelError(
+                f"the saved run was controlled by policy {theirs[:12]}, this is policy {self.digest[:12]}: "
+                "resume with the policy that the run began with"
+            )
         self.history = [list(row) for row in state["history"]]
 
 
@@ -107,6 +117,7 @@ def load_controller(spec: str, policy: str | None = None) -> Controller | None:
         return PolicyController(policy)
     if spec == "schedule":
         from jel.schedule import ScheduleController  # here, because it builds on this module
+
         if not policy:
             raise JelError("controller schedule needs the path of an exported schedule as its policy")
         return ScheduleController(policy)
@@ -143,6 +154,8 @@ def _make(cls: type, spec: str, policy: str | None) -> Controller:
     if not isinstance(observes, (set, frozenset, tuple, list)):
         raise JelError(f"controller {spec}: observes must be a set of names, not {observes!r}")
     if unknown := set(observes) - OBSERVATIONS:
-        raise JelError(f"controller {spec} observes unknown {sorted(map(str, unknown))}; "
-                       f"there are {', '.join(sorted(OBSERVATIONS))}")
+        raise JelError(
+            f"controller {spec} observes unknown {sorted(map(str, unknown))}; "
+            f"there are {', '.join(sorted(OBSERVATIONS))}"
+        )
     return controller

@@ -22,13 +22,14 @@ from jel.errors import JelError
 from jel.files import json_bytes, read_bytes, read_json, write_files
 
 LOG_STD_RANGE = (-5.0, 2.0)  # A.1
-INITIAL_OUTPUT_GAIN = 0.01   # assumption, the paper is silent: small, so that the first mean multipliers are about 1
+INITIAL_OUTPUT_GAIN = 0.01  # assumption, the paper is silent: small, so that the first mean multipliers are about 1
 FORMAT, VERSION = "jel-policy", 1
 ARCHITECTURE = ("n_state", "hidden", "n_actions", "action_range")  # what rebuilds a policy, together with its weights
 
 
 # -----------------------------------------------------------------------------
 # the network
+
 
 class GaussianPolicy(nn.Module):
     """State -> Linear -> tanh -> Linear -> tanh -> Linear -> (means, log standard deviations), as in A.1.
@@ -38,8 +39,15 @@ class GaussianPolicy(nn.Module):
     draws the same numbers as the run without. Raises `JelError` for sizes, a log std or a range that make no sense.
     """
 
-    def __init__(self, n_state: int = 1, hidden: int = 64, n_actions: int = 2, seed: int = 0,
-                 initial_log_std: float = -0.5, action_range: float = 100.0):  # Table 2
+    def __init__(
+        self,
+        n_state: int = 1,
+        hidden: int = 64,
+        n_actions: int = 2,
+        seed: int = 0,
+        initial_log_std: float = -0.5,
+        action_range: float = 100.0,
+    ):  # Table 2
         super().__init__()
         sizes = (n_state, hidden, n_actions)
         if not all(type(n) is int and 0 < n <= 4096 for n in sizes):
@@ -50,12 +58,13 @@ class GaussianPolicy(nn.Module):
             raise JelError(f"action_range is {action_range!r}; it must be a number above 1 and at most 1e6")
         self.n_state, self.hidden, self.n_actions, self.action_range = *sizes, float(action_range)
         linear = lambda a, b: nn.utils.skip_init(nn.Linear, a, b)
-        self.net = nn.Sequential(linear(n_state, hidden), nn.Tanh(), linear(hidden, hidden), nn.Tanh(),
-                                 linear(hidden, 2 * n_actions))
+        self.net = nn.Sequential(
+            linear(n_state, hidden), nn.Tanh(), linear(hidden, hidden), nn.Tanh(), linear(hidden, 2 * n_actions)
+        )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for layer in (self.net[0], self.net[2]):
-                bound = layer.in_features ** -0.5
+                bound = layer.in_features**-0.5
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
             nn.init.orthogonal_(self.net[4].weight, gain=INITIAL_OUTPUT_GAIN, generator=generator)
@@ -114,6 +123,7 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # the numpy twin: 3 small matrix-vector products, without torch's overhead per call
 
+
 @dataclass(frozen=True)
 class ProgressWeights:
     """What the mean action of a policy of progress is made of: a float64 copy, untouched by later training."""
@@ -125,12 +135,17 @@ class ProgressWeights:
 def progress_weights(policy: GaussianPolicy) -> ProgressWeights:
     """Copy the policy's weights; raises `JelError` for a policy that is not one of progress alone."""
     if not policy.is_progress_policy:
-        raise JelError(f"the policy maps {policy.n_state} numbers to {policy.n_actions} actions; "
-                       f"this needs one that maps [progress] to {len(ACTIONS)} ({', '.join(ACTIONS)})")
-    layers = [(layer.weight.detach().cpu().double().numpy(), layer.bias.detach().cpu().double().numpy())
-              for layer in policy.net if isinstance(layer, nn.Linear)]
+        raise JelError(
+            f"the policy maps {policy.n_state} numbers to {policy.n_actions} actions; "
+            f"this needs one that maps [progress] to {len(ACTIONS)} ({', '.join(ACTIONS)})"
+        )
+    layers = [
+        (layer.weight.detach().cpu().double().numpy(), layer.bias.detach().cpu().double().numpy())
+        for layer in policy.net
+        if isinstance(layer, nn.Linear)
+    ]
     weight, bias = layers.pop()
-    return ProgressWeights([*layers, (weight[:policy.n_actions], bias[:policy.n_actions])], policy.action_range)
+    return ProgressWeights([*layers, (weight[: policy.n_actions], bias[: policy.n_actions])], policy.action_range)
 
 
 def numpy_multipliers(weights: ProgressWeights, progress: float) -> dict[str, float]:
@@ -151,6 +166,7 @@ def multiplier_table(policy: GaussianPolicy, progresses: Sequence[float]) -> lis
 
 # -----------------------------------------------------------------------------
 # files
+
 
 def default_policy_path() -> Path:
     """The policy that is shipped with the package, without suffix."""
@@ -179,8 +195,14 @@ def save_policy(policy: GaussianPolicy, path: str | Path, card: dict) -> None:
     """
     if not _all_finite(policy.state_dict()):
         raise JelError(f"policy not saved to {path}: its weights are not finite; its training has diverged")
-    whole = {"format": FORMAT, "version": VERSION, **{key: getattr(policy, key) for key in ARCHITECTURE},
-             "sha256": policy_digest(policy), "multipliers": _card_table(policy), "training": card}
+    whole = {
+        "format": FORMAT,
+        "version": VERSION,
+        **{key: getattr(policy, key) for key in ARCHITECTURE},
+        "sha256": policy_digest(policy),
+        "multipliers": _card_table(policy),
+        "training": card,
+    }
     weights_path, card_path = policy_files(path)
     write_files({weights_path: safetensors.torch.save(policy.state_dict()), card_path: json_bytes(whole)})
 

@@ -26,10 +26,14 @@ def export_schedule(policy: GaussianPolicy, progresses: Sequence[float]) -> dict
 
     Raises `JelError` for other decision points, or a policy that is not one of progress alone.
     """
-    decisions = [{"progress": row["progress"], "multipliers": {"*": {name: row[name] for name in ACTIONS}}}
-                 for row in multiplier_table(policy, progresses)]
-    return _checked({"format": FORMAT, "version": VERSION, "source": f"policy {policy_digest(policy)}",
-                     "decisions": decisions}, "schedule")
+    decisions = [
+        {"progress": row["progress"], "multipliers": {"*": {name: row[name] for name in ACTIONS}}}
+        for row in multiplier_table(policy, progresses)
+    ]
+    return _checked(
+        {"format": FORMAT, "version": VERSION, "source": f"policy {policy_digest(policy)}", "decisions": decisions},
+        "schedule",
+    )
 
 
 def save_schedule(schedule: dict, path: str | Path) -> None:
@@ -50,7 +54,8 @@ def _checked(schedule: dict, what: str) -> dict:
         raise JelError(f"{what} has no list of decisions")
     points = [d.get("progress") for d in decisions]
     if not all(isinstance(p, Real) for p in points) or not (
-            points[0] == 0 and points[-1] < 1 and all(a < b for a, b in zip(points, points[1:]))):
+        points[0] == 0 and points[-1] < 1 and all(a < b for a, b in zip(points, points[1:]))
+    ):
         raise JelError(f"{what}: the progress of its decisions must start at 0, rise, and stay below 1")
     for i, decision in enumerate(decisions):
         factors = decision.get("multipliers")

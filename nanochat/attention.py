@@ -5,7 +5,7 @@ B batch (runs folded in), T queries, S keys (S >= T while decoding), H heads, K 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ except ImportError:
 FULL = -1  # a window that reaches back to the first token
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend_for(device_type: str, compiled: bool) -> str:
     """The kernel family used on this device: "fa3", "flex" or "sdpa".
 
@@ -33,7 +33,9 @@ def backend_for(device_type: str, compiled: bool) -> str:
     return "sdpa"
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = FULL, backend: str = "sdpa") -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = FULL, backend: str = "sdpa"
+) -> torch.Tensor:
     """Attend causally; query i sees itself and the `window` tokens before it (`FULL`: all of them).
 
     q (B, T, H, D); k, v (B, S, K, D) with H a multiple of K; the last query is aligned with the last key.
@@ -51,6 +53,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = F
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     elif backend == "flex" and torch.compiler.is_compiling() and T == S and (T, window, q.device) in _block_masks:
         from torch.nn.attention.flex_attention import flex_attention
+
         y = flex_attention(q, k, v, block_mask=_block_masks[T, window, q.device], enable_gqa=grouped)
     else:
         mask = _mask.__wrapped__ if torch.compiler.is_compiling() else _mask  # a compiler sees through no cache
@@ -71,7 +74,10 @@ _block_masks: dict[tuple[int, int, torch.device], object] = {}  # by T, window a
 def prepare_block_masks(T: int, windows: list[int], device: torch.device) -> None:
     """Make FlexAttention's masks, before compilation: inside it they would be made anew in every step."""
     from torch.nn.attention.flex_attention import create_block_mask
+
     for window in {w for w in windows if 0 <= w < T - 1 and (T, w, device) not in _block_masks}:
+
         def visible(b, h, i, j, window=window):
             return (i >= j) & (i - j <= window)
+
         _block_masks[T, window, device] = create_block_mask(visible, None, None, T, T, device=device)

@@ -185,11 +185,14 @@ def _map_leaves(tree, fn, pointer: str = ""):
         return [_map_leaves(value, fn, f"{pointer}/{i}") for i, value in enumerate(tree)]
     if not all(isinstance(key, str) for key in tree):
         raise TypeError(f"state{pointer}: the keys must be str, not {list(tree)[:3]}")
-    return {key: _map_leaves(value, fn, pointer + "/" + key.replace("~", "~0").replace("/", "~1"))
-            for key, value in tree.items()}
+    return {
+        key: _map_leaves(value, fn, pointer + "/" + key.replace("~", "~0").replace("/", "~1"))
+        for key, value in tree.items()
+    }
 
 
 # -- reading: nothing in a file is believed before it is checked ----------------
+
 
 @contextlib.contextmanager
 def untrusted(what: Path | str):
@@ -218,8 +221,9 @@ def _read(path: Path, step: int | None = None) -> dict:
     contents = _verify(path, step)
     with untrusted(path):
         tensors = safetensors.torch.load(contents[TENSORS])
-        state = _map_leaves(json.loads(contents[STATE]),
-                            lambda leaf, pointer: tensors.pop(pointer, None) if leaf is None else leaf)
+        state = _map_leaves(
+            json.loads(contents[STATE]), lambda leaf, pointer: tensors.pop(pointer, None) if leaf is None else leaf
+        )
         if tensors or not isinstance(state, dict):
             raise ValueError(f"{STATE} has no place for the tensors {list(tensors)[:3]}")
         return state
@@ -252,6 +256,7 @@ def _entry(data: bytes) -> dict:
 
 # -- writing: a hidden folder, made durable, then one rename --------------------
 
+
 def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], text: bytes, keep: int) -> None:
     needed = sum(t.nbytes for t in tensors.values()) + len(text) + SPACE_MARGIN
     final = folder / f"step_{step:08d}"
@@ -281,8 +286,10 @@ def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], text: byte
             _sweep(folder)
         free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
         last = next(iter(_checkpoints(folder)), "none")
-        raise UserError(f"saving step {step} in {folder} failed ({e}): {needed / 1e6:.1f} MB are needed and "
-                        f"{free / 1e6:.1f} MB free; the last saved checkpoint is {last}") from None
+        raise UserError(
+            f"saving step {step} in {folder} failed ({e}): {needed / 1e6:.1f} MB are needed and "
+            f"{free / 1e6:.1f} MB free; the last saved checkpoint is {last}"
+        ) from None
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:

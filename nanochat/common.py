@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-
 # -----------------------------------------------------------------------------
 # errors
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, and what to do."""
@@ -50,13 +50,16 @@ def run_main(main, *also: type[Exception]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     finally:
-        if dist.is_initialized() and (ended or dist.get_backend() != "nccl"):  # NCCL would wait for ranks that wait for this one
+        if dist.is_initialized() and (
+            ended or dist.get_backend() != "nccl"
+        ):  # NCCL would wait for ranks that wait for this one
             dist.destroy_process_group()
     sys.exit(code)
 
 
 # -----------------------------------------------------------------------------
 # ranks and device
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -112,7 +115,9 @@ def init_compute(device_type: str = "") -> Compute:
     if device_type == "cuda":
         device, gpus = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
         if device.index >= gpus:
-            raise UserError(f"there are more processes than GPUs on this machine; give torchrun --nproc_per_node {gpus}, or --device-type cpu")
+            raise UserError(
+                f"there are more processes than GPUs on this machine; give torchrun --nproc_per_node {gpus}, or --device-type cpu"
+            )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64  # one program per matrix shape, and a sweep of models in one process
@@ -123,7 +128,9 @@ def init_compute(device_type: str = "") -> Compute:
         store, _, _ = next(dist.rendezvous("env://"))
         # torchrun keeps one store over its restarts: without a place of its own a job finds the addresses of the dead one
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size
+        )
     return Compute(rank, world_size, device)
 
 
@@ -149,6 +156,7 @@ def print0(*args, **kwargs) -> None:
 
 # -----------------------------------------------------------------------------
 # files and seeds
+
 
 def base_dir() -> Path:
     """`$NANOCHAT_BASE_DIR`, default `~/.cache/nanochat`: everything that is written lies under it."""
@@ -199,18 +207,36 @@ def read_json(path: Path, what: str = "file"):
 # -----------------------------------------------------------------------------
 # the log of a run
 
+
 def environment_record(compute: Compute) -> dict:
     """The command, versions, git commit and device of this process, for `config.json`."""
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
-                                capture_output=True, timeout=10).stdout.strip() or None
+        commit = (
+            subprocess.run(
+                ["git", "describe", "--always", "--dirty"],
+                cwd=Path(__file__).parent,
+                text=True,
+                capture_output=True,
+                timeout=10,
+            ).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         commit = None
     name = torch.cuda.get_device_name(compute.device) if compute.is_cuda else platform.processor() or platform.machine()
-    script = getattr(sys.modules["__main__"].__spec__, "name", None)  # as `python -m` was told; a path would be this machine's
+    script = getattr(
+        sys.modules["__main__"].__spec__, "name", None
+    )  # as `python -m` was told; a path would be this machine's
     command = ["python", "-m", script, *sys.argv[1:]] if script else [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return {"command": command, "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
-            "device": name, "world_size": compute.world_size, "threads": torch.get_num_threads()}
+    return {
+        "command": command,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "device": name,
+        "world_size": compute.world_size,
+        "threads": torch.get_num_threads(),
+    }
 
 
 class NullLogger:
@@ -228,7 +254,9 @@ def wandb_logger(name: str, config: dict, project: str = "nanochat"):
     try:
         import wandb
     except ImportError:
-        raise UserError(f"--run {name} needs wandb, which is not installed: pip install wandb, or --run dummy") from None
+        raise UserError(
+            f"--run {name} needs wandb, which is not installed: pip install wandb, or --run dummy"
+        ) from None
     return wandb.init(project=project, name=name, config=config)
 
 
@@ -239,8 +267,15 @@ class RunLog:
     never stopped; of the events (`recovery`: 1, 2, ...), those that come after the first `recoveries`.
     """
 
-    def __init__(self, folder: Path, config: dict, compute: Compute, resume_step: int | None = None, recoveries: int = 0,
-                 wandb_name: str = ""):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        compute: Compute,
+        resume_step: int | None = None,
+        recoveries: int = 0,
+        wandb_name: str = "",
+    ):
         self.folder, self.active = folder, compute.is_main
         self._wandb = NullLogger()
         if not self.active:
@@ -265,8 +300,11 @@ class RunLog:
             self._file = open(self._path, "a", buffering=1)
 
     def _keep(self, step: int, recoveries: float) -> None:
-        lines = [json.dumps(r) + "\n" for r in read_log(self.folder)
-                 if (r["recovery"] <= recoveries if "recovery" in r else r["step"] < step)]
+        lines = [
+            json.dumps(r) + "\n"
+            for r in read_log(self.folder)
+            if (r["recovery"] <= recoveries if "recovery" in r else r["step"] < step)
+        ]
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text("".join(lines))
         os.replace(temporary, self._path)

@@ -22,21 +22,22 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError, print0
-from nanochat.tokens import TokenCache, atomic_file, locked
+from nanochat.token_cache import TokenCache, atomic_file, locked
 
-BUFFER_DOCUMENTS = 1000    # among so many the packer chooses
-PREFETCH_BATCHES = 4       # ready ahead of the training step
+BUFFER_DOCUMENTS = 1000  # among so many the packer chooses
+PREFETCH_BATCHES = 4  # ready ahead of the training step
 
 
 # -----------------------------------------------------------------------------
 # packing
 
+
 class RowPlan(NamedTuple):
     """How a shard's documents fill rows: row r is made of pieces row_ptr[r] to row_ptr[r+1]."""
 
-    documents: np.ndarray    # (P,) int64, which document of the shard's split; pieces are its first tokens
-    lengths: np.ndarray      # (P,) int64, how many of them
-    row_ptr: np.ndarray      # (R + 1,) int64
+    documents: np.ndarray  # (P,) int64, which document of the shard's split; pieces are its first tokens
+    lengths: np.ndarray  # (P,) int64, how many of them
+    row_ptr: np.ndarray  # (R + 1,) int64
 
     @property
     def n_rows(self) -> int:
@@ -77,8 +78,8 @@ class Rows:
 
     def __init__(self, cache: TokenCache, split: str, sequence_len: int):
         self.cache, self.split, self.width = cache, split, sequence_len + 1
-        self._plans: list[tuple[int, np.ndarray, RowPlan]] = []    # (shard, first token of each piece, plan)
-        self._ends = [0]                                           # rows up to and including the k-th planned shard
+        self._plans: list[tuple[int, np.ndarray, RowPlan]] = []  # (shard, first token of each piece, plan)
+        self._ends = [0]  # rows up to and including the k-th planned shard
         self._unplanned = list(cache.shards(split))
 
     @property
@@ -97,8 +98,10 @@ class Rows:
                 self._plan_next()
             if row >= self._ends[-1]:
                 if not self.n_rows:
-                    raise UserError(f"the {self.split} split has too little text for one row of {self.width} tokens; "
-                                    "give more text, or shorten --max-seq-len")
+                    raise UserError(
+                        f"the {self.split} split has too little text for one row of {self.width} tokens; "
+                        "give more text, or shorten --max-seq-len"
+                    )
                 row %= self.n_rows
             k = bisect_right(self._ends, row) - 1
             row -= self._ends[k]
@@ -108,7 +111,7 @@ class Rows:
             lengths = plan.lengths[pieces]
             # Token j of the block lies at (start of its piece) + (j - where the piece begins in the block).
             shift = starts[pieces] - (np.cumsum(lengths) - lengths)
-            out[done:done + n].flat = self.cache.tokens(shard)[np.repeat(shift, lengths) + np.arange(n * self.width)]
+            out[done : done + n].flat = self.cache.tokens(shard)[np.repeat(shift, lengths) + np.arange(n * self.width)]
             done += n
         return out
 
@@ -116,7 +119,7 @@ class Rows:
         shard = self._unplanned[0]
         starts, lengths = self.cache.documents(self.split, shard)
         path = self.cache.folder / f"plan_{self.split}_{self.width - 1}_{shard:05d}.npz"
-        with locked(self.cache.folder):    # of several processes one plans, the others read
+        with locked(self.cache.folder):  # of several processes one plans, the others read
             plan = self._load(path, lengths)
             if plan is None:
                 plan = plan_rows(lengths, self.width)
@@ -146,6 +149,7 @@ class Rows:
 # -----------------------------------------------------------------------------
 # batches
 
+
 def stage(rows: np.ndarray) -> torch.Tensor:
     """(B, T+1) rows -> (2, B, T) int64, inputs and targets in one tensor, so that they travel in one copy."""
     return torch.from_numpy(np.stack([rows[:, :-1], rows[:, 1:]]))
@@ -160,19 +164,31 @@ class DataLoader:
     Raises `UserError` if the ranks' batches do not tile a step. Call `close` when done: it ends the thread.
     """
 
-    def __init__(self, cache: TokenCache, split: str, batch_size: int, sequence_len: int, device: torch.device,
-                 rank: int = 0, world_size: int = 1, start_row: int = 0, rows_per_step: int | None = None):
+    def __init__(
+        self,
+        cache: TokenCache,
+        split: str,
+        batch_size: int,
+        sequence_len: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        start_row: int = 0,
+        rows_per_step: int | None = None,
+    ):
         self._micro_rows = batch_size * world_size
         rows_per_step = self._micro_rows if rows_per_step is None else rows_per_step
         if rows_per_step < 1 or rows_per_step % self._micro_rows:
-            raise UserError(f"{rows_per_step} rows a step are no multiple of {batch_size} rows a batch x {world_size} "
-                            "ranks; change --total-batch-size or --device-batch-size")
+            raise UserError(
+                f"{rows_per_step} rows a step are no multiple of {batch_size} rows a batch x {world_size} "
+                "ranks; change --total-batch-size or --device-batch-size"
+            )
         self.micro_steps = rows_per_step // self._micro_rows
         self._rows = Rows(cache, split, sequence_len)
         self._batch_size, self._device = batch_size, torch.device(device)
         self._first_row = start_row + rank * batch_size
         self._thread: threading.Thread | None = None
-        self._upcoming: int | None = None    # the micro-step, counted from the start of the data, that comes out next
+        self._upcoming: int | None = None  # the micro-step, counted from the start of the data, that comes out next
 
     def get(self, step: int, micro_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, contiguous (B, T) int64 on the device. Any position may be asked for; in order is fast.
@@ -195,7 +211,7 @@ class DataLoader:
         if self._thread is None:
             return
         self._stop.set()
-        while not self._ready.empty():    # room for the one batch that the thread may still be about to hand over
+        while not self._ready.empty():  # room for the one batch that the thread may still be about to hand over
             self._ready.get_nowait()
         self._thread.join()
         self._thread = self._upcoming = None
@@ -208,7 +224,7 @@ class DataLoader:
     def _prefetch(self, position: int) -> None:
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)    # a new thread starts on device 0, and pinning would open it
+                torch.cuda.set_device(self._device)  # a new thread starts on device 0, and pinning would open it
             while not self._stop.is_set():
                 staged = stage(self._rows.fetch(self._first_row + position * self._micro_rows, self._batch_size))
                 self._ready.put(staged.pin_memory() if self._device.type == "cuda" else staged)
@@ -217,8 +233,15 @@ class DataLoader:
             self._ready.put(e)
 
 
-def fixed_batches(cache: TokenCache, split: str, batch_size: int, sequence_len: int, n_batches: int,
-                  device: torch.device, start_row: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def fixed_batches(
+    cache: TokenCache,
+    split: str,
+    batch_size: int,
+    sequence_len: int,
+    n_batches: int,
+    device: torch.device,
+    start_row: int = 0,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """`n_batches` batches from consecutive rows, each (inputs, targets) like a `DataLoader`'s: for probe losses."""
     rows = Rows(cache, split, sequence_len)
     return [stage(rows.fetch(start_row + i * batch_size, batch_size)).to(device).unbind(0) for i in range(n_batches)]

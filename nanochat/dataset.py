@@ -1,8 +1,8 @@
 """Text for training: folders of parquet shards with one string column `text`. The last shard in sorted order validates.
 
-    python -m nanochat.dataset                    # the embedded corpus: Python's own library, nothing to download
-    python -m nanochat.dataset --from my_texts    # a folder of .jsonl (key `text`) or .txt files, made into shards
-    python -m nanochat.dataset -n 8               # the first 8 FineWeb-Edu shards and the validation shard
+python -m nanochat.dataset                    # the embedded corpus: Python's own library, nothing to download
+python -m nanochat.dataset --from my_texts    # a folder of .jsonl (key `text`) or .txt files, made into shards
+python -m nanochat.dataset -n 8               # the first 8 FineWeb-Edu shards and the validation shard
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from nanochat.common import UserError, base_dir, derive_seed, print0, read_json,
 
 SHARD_NAME = "shard_{:05d}.parquet"
 FINEWEB_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
-FINEWEB_LAST = 1822              # shards 0 to 1822, about 100 MB each
-HELD_OUT = 16                    # one part in so many of a corpus made here is validation
-TEXT_SHARD_CHARS = 64 << 20      # a shard is shuffled in memory
-EMBEDDED_SHARD_CHARS = 9 << 17   # gives about 8 shards
+FINEWEB_LAST = 1822  # shards 0 to 1822, about 100 MB each
+HELD_OUT = 16  # one part in so many of a corpus made here is validation
+TEXT_SHARD_CHARS = 64 << 20  # a shard is shuffled in memory
+EMBEDDED_SHARD_CHARS = 9 << 17  # gives about 8 shards
 
 
 # -----------------------------------------------------------------------------
 # finding and reading shards
+
 
 def resolve_data(data: str | None = None) -> Path:
     """The folder of shards that `data` names, built first where need be.
@@ -51,7 +52,7 @@ def resolve_data(data: str | None = None) -> Path:
             build_embedded(folder)
     elif data == "fineweb-edu":
         folder = root / "fineweb-edu"
-        if not (folder / SHARD_NAME.format(FINEWEB_LAST)).exists():   # without it a training shard would validate
+        if not (folder / SHARD_NAME.format(FINEWEB_LAST)).exists():  # without it a training shard would validate
             raise UserError(f"{folder} lacks the FineWeb-Edu shards; get some with: python -m nanochat.dataset -n 8")
     else:
         folder = Path(data).expanduser().resolve()
@@ -82,8 +83,10 @@ def split_shards(folder: Path) -> tuple[list[Path], Path]:
         raise UserError(f"{folder} holds no .parquet shards")
     rows = [open_shard(path).metadata.num_rows for path in shards]
     if len(shards) == 1:
-        raise UserError(f"{shards[0]} is the only shard, so nothing is left for validation; add a second one (the last "
-                        "in sorted order validates), or give the texts as .jsonl with --from: they are split for you")
+        raise UserError(
+            f"{shards[0]} is the only shard, so nothing is left for validation; add a second one (the last "
+            "in sorted order validates), or give the texts as .jsonl with --from: they are split for you"
+        )
     for side, count in ("training", sum(rows[:-1])), ("validation", rows[-1]):
         if count == 0:
             raise UserError(f"{folder} has no documents for {side} (the last shard in sorted order validates)")
@@ -132,13 +135,14 @@ def corpus_record(folder: Path) -> dict:
     record = {"shards": len(sizes), "shard_bytes": sum(size for _, size in sizes)}
     manifest = Path(folder) / "manifest.json"
     told = read_json(manifest, "manifest") if manifest.exists() else {}
-    if isinstance(told, dict) and record.items() <= told.items():   # else shards were added or taken away since
+    if isinstance(told, dict) and record.items() <= told.items():  # else shards were added or taken away since
         return told
     return record | {"sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()}
 
 
 # -----------------------------------------------------------------------------
 # making shards
+
 
 def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_chars: int, **origin) -> None:
     """Write (text, held out?) pairs to `folder`, which appears whole, with its manifest, or not at all.
@@ -154,17 +158,23 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_char
             for raw in map(str.encode, texts):
                 count, size = count + 1, size + len(raw)
                 digest.update(b"%d:%b" % (len(raw), raw))
-            pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), new / SHARD_NAME.format(index),
-                           row_group_size=128, compression="zstd", write_page_checksum=True)
+            pq.write_table(
+                pa.table({"text": pa.array(texts, pa.string())}),
+                new / SHARD_NAME.format(index),
+                row_group_size=128,
+                compression="zstd",
+                write_page_checksum=True,
+            )
         record = corpus_record(new)
         if record["shards"] < 2:
             raise UserError(f"{origin['source']} has {count} documents, too few to keep some for validation; add more")
-        write_json(new / "manifest.json",
-                   record | {**origin, "documents": count, "bytes": size, "sha256": digest.hexdigest()})
+        write_json(
+            new / "manifest.json", record | {**origin, "documents": count, "bytes": size, "sha256": digest.hexdigest()}
+        )
         try:
             os.rename(new, folder)
         except OSError:
-            if not folder.exists():   # else another process was faster, and has written the same
+            if not folder.exists():  # else another process was faster, and has written the same
                 raise
 
 
@@ -189,8 +199,12 @@ def fill_shards(documents: Iterable[tuple[str, bool]], shard_chars: int) -> Iter
 
 def convert_texts(source: Path, root: Path) -> Path:
     """Make shards of the `.jsonl` and `.txt` files under `source`, unless it was done; returns their folder."""
-    files = sorted(path for suffix in ("jsonl", "txt") for path in source.rglob(f"*.{suffix}")
-                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts))
+    files = sorted(
+        path
+        for suffix in ("jsonl", "txt")
+        for path in source.rglob(f"*.{suffix}")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)
+    )
     if not files:
         raise UserError(f"{source} holds no .parquet shards, and no .jsonl or .txt files to make them of")
     stats = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -212,7 +226,7 @@ def read_texts(files: list[Path]) -> Iterator[str]:
             for number, raw in enumerate(f if is_jsonl else [f.read()], 1):
                 try:
                     text = "" if not raw.strip() else json.loads(raw)["text"] if is_jsonl else raw.decode("utf-8-sig")
-                    text.encode()   # fails for what is no string, and for a lone surrogate
+                    text.encode()  # fails for what is no string, and for a lone surrogate
                 except (ValueError, LookupError, TypeError, AttributeError) as e:
                     what = f'line {number} is not a JSON object with a string "text"' if is_jsonl else "not UTF-8"
                     raise UserError(f"{path}: {what} ({e}); mend it or take it out") from None
@@ -224,7 +238,7 @@ def read_texts(files: list[Path]) -> Iterator[str]:
 # the embedded corpus: source and doc strings of Python's standard library
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib", "ensurepip"}
-TABLES = re.compile(r"_sysconfigdata|config-|encodings/|pydoc_data/|html/entities|stringprep|re/_casefix")   # generated
+TABLES = re.compile(r"_sysconfigdata|config-|encodings/|pydoc_data/|html/entities|stringprep|re/_casefix")  # generated
 BORDERS = (r"(?<=\n\n)(?=\S)", r"(?<=\n\n)(?=    (?:@|(?:def|class|async)\b))", r"(?<=\n\n)(?=[^\n])", r"(?<=\n)")
 
 
@@ -240,8 +254,9 @@ def build_embedded(folder: Path) -> None:
         documents += [(piece, to_hold_out > 0) for piece in split_source(texts[name])]
         to_hold_out -= len(texts[name])
     rng.shuffle(documents)
-    write_shards(folder, documents, EMBEDDED_SHARD_CHARS, source="embedded", files=len(texts),
-                 python=platform.python_version())
+    write_shards(
+        folder, documents, EMBEDDED_SHARD_CHARS, source="embedded", files=len(texts), python=platform.python_version()
+    )
 
 
 def library_texts(library: Path) -> dict[str, str]:
@@ -261,6 +276,7 @@ def split_source(text: str, shortest: int = 400, longest: int = 1200) -> list[st
     They begin at a top-level statement where possible, else at a method, a paragraph or a line; joined they are
     `text` again. A line is never cut.
     """
+
     def parts(text: str, level: int) -> Iterator[str]:
         if len(text) <= longest - shortest or level == len(BORDERS):
             yield text
@@ -289,7 +305,8 @@ def main() -> None:
     if args.n is not None:
         if not 0 < args.n <= FINEWEB_LAST:
             raise UserError(f"-n {args.n}: FineWeb-Edu has {FINEWEB_LAST} training shards; give 1 to {FINEWEB_LAST}")
-        from nanochat.download import download_files   # here, so that reading shards does not need requests
+        from nanochat.download import download_files  # here, so that reading shards does not need requests
+
         names = [SHARD_NAME.format(i) for i in (FINEWEB_LAST, *range(args.n))]
         download_files(args.url, names, base_dir() / "data" / "fineweb-edu", check=open_shard, workers=args.workers)
     resolve_data(args.source if args.n is None else "fineweb-edu")

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from nanochat.common import UserError
 
-ATTEMPTS = 6           # tries for one file
-GIVE_UP = 4            # files failing in a row mean that the server or the network is down: leave the rest untried
-LONGEST_WAIT = 600.0   # seconds between two tries, even if Retry-After asks for more
-TIMEOUT = (10, 30)     # seconds to connect, and between two packets
-CHUNK = 1 << 20        # bytes
+ATTEMPTS = 6  # tries for one file
+GIVE_UP = 4  # files failing in a row mean that the server or the network is down: leave the rest untried
+LONGEST_WAIT = 600.0  # seconds between two tries, even if Retry-After asks for more
+TIMEOUT = (10, 30)  # seconds to connect, and between two packets
+CHUNK = 1 << 20  # bytes
 
 
 class Permanent(Exception):
@@ -59,11 +59,12 @@ class Progress:
             if size is not None:
                 self._sizes[name] = size
                 self.bar.total = sum(self._sizes.values()) * self._files // len(self._sizes)
-            self.bar.update(sum(self._done.values()) - self.bar.n)   # negative when a file starts again
+            self.bar.update(sum(self._done.values()) - self.bar.n)  # negative when a file starts again
 
 
-def download_files(base_url: str, names: list[str], folder: Path, check: Callable[[Path], object],
-                   workers: int = 4) -> None:
+def download_files(
+    base_url: str, names: list[str], folder: Path, check: Callable[[Path], object], workers: int = 4
+) -> None:
     """Download `base_url/name` to `folder/name` for each name that is not there yet, `workers` at a time.
 
     `check(path)` raises `UserError` for a file that arrived but is not what it should be. Raises `UserError` listing
@@ -78,8 +79,10 @@ def download_files(base_url: str, names: list[str], folder: Path, check: Callabl
     stop, failed, in_a_row = Event(), {}, 0
     progress = Progress(len(missing))
     with progress.bar, ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(fetch, f"{base_url.rstrip('/')}/{name}", folder / name, check, stop, progress): name
-                for name in missing}
+        jobs = {
+            pool.submit(fetch, f"{base_url.rstrip('/')}/{name}", folder / name, check, stop, progress): name
+            for name in missing
+        }
         try:
             for job in as_completed(jobs):
                 error = job.exception()
@@ -93,13 +96,15 @@ def download_files(base_url: str, names: list[str], folder: Path, check: Callabl
                 elif not isinstance(error, Stopped):
                     raise error
         finally:
-            stop.set()   # on Ctrl-C the workers end at their next chunk; leaving the pool waits for them
+            stop.set()  # on Ctrl-C the workers end at their next chunk; leaving the pool waits for them
     if failed:
         untried = sum(not (folder / name).exists() for name in missing) - len(failed)
-        raise UserError(f"{len(failed)} of {len(missing)} files failed: "
-                        + ", ".join(f"{name} ({why})" for name, why in sorted(failed.items()))
-                        + (f"; {untried} more were not finished" if untried else "")
-                        + "; run the same command again to continue")
+        raise UserError(
+            f"{len(failed)} of {len(missing)} files failed: "
+            + ", ".join(f"{name} ({why})" for name, why in sorted(failed.items()))
+            + (f"; {untried} more were not finished" if untried else "")
+            + "; run the same command again to continue"
+        )
 
 
 def fetch(url: str, target: Path, check: Callable[[Path], object], stop: Event, progress: Progress) -> None:
@@ -113,10 +118,10 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], stop: Event, 
             return os.replace(partial, target)
         except Transient as e:
             why, retry_after = str(e), e.retry_after
-        except requests.RequestException as e:   # dropped connections, timeouts, name resolution
+        except requests.RequestException as e:  # dropped connections, timeouts, name resolution
             why, retry_after = type(e).__name__, 0.0
         if attempt < ATTEMPTS:
-            wait = max(retry_after, 2 ** (attempt - 1) * random.uniform(0.5, 1.5))   # jitter: workers spread out
+            wait = max(retry_after, 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # jitter: workers spread out
             progress.bar.write(f"{target.name}: {why}; trying again in {wait:.0f} s", file=sys.stderr)
             stop.wait(wait)
     raise Permanent(f"{why}, {ATTEMPTS} times")
@@ -125,12 +130,12 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], stop: Event, 
 def transfer(url: str, partial: Path, stop: Event, progress: Progress) -> str | None:
     """Append to `partial` what is missing of `url`; returns the sha256 that the server tells for the whole file."""
     have = partial.stat().st_size if partial.exists() else 0
-    headers = {"Accept-Encoding": "identity"}   # sizes and ranges are those of the file itself
+    headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file itself
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
         status = f"{reply.status_code} {reply.reason}"
-        if reply.status_code == 416:   # the partial file is as long as the file, or longer: of another version
+        if reply.status_code == 416:  # the partial file is as long as the file, or longer: of another version
             partial.unlink(missing_ok=True)
             raise Transient("what was here does not fit the server's file, so it starts again")
         if reply.status_code in (408, 425, 429) or reply.status_code >= 500:
@@ -143,7 +148,7 @@ def transfer(url: str, partial: Path, stop: Event, progress: Progress) -> str | 
                 partial.unlink(missing_ok=True)
                 raise Transient("the server sent another range than asked for, so it starts again")
             size = int(given[2])
-        else:   # the whole file, even if a range was asked for
+        else:  # the whole file, even if a range was asked for
             have, size = 0, int(reply.headers["Content-Length"]) if "Content-Length" in reply.headers else None
         with open(partial, "ab" if have else "wb") as f:
             for chunk in reply.iter_content(CHUNK):
@@ -167,8 +172,8 @@ def verify(partial: Path, sha256: str | None, check: Callable[[Path], object]) -
         check(partial)
     except UserError as e:
         partial.unlink()
-        what = str(e).partition(";")[0]   # without the advice
-        raise (Permanent if sha256 else Transient)(what) from None   # with the right hash it would come the same again
+        what = str(e).partition(";")[0]  # without the advice
+        raise (Permanent if sha256 else Transient)(what) from None  # with the right hash it would come the same again
 
 
 def told_sha256(reply: requests.Response) -> str | None:

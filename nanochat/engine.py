@@ -24,8 +24,15 @@ class KVCache:
 
 
 @torch.no_grad()
-def generate(model, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = 50,
-             seed: int = 0, stop: int | None = None) -> list[int]:
+def generate(
+    model,
+    tokens: list[int],
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    seed: int = 0,
+    stop: int | None = None,
+) -> list[int]:
     """Continue `tokens` (at least one) by up to `max_tokens`, or until `stop` or the model's sequence length.
 
     Temperature 0 is greedy. Raises ValueError for an empty prompt or a negative temperature.

@@ -18,9 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat import attention as attn_kernels
-from nanochat.cross_entropy import ChunkedLoss, cross_entropy, mean_loss, softcapped_logits
+from nanochat.cpu_kernels import mix, mlp, norm, rotary_norm
+from nanochat.loss_head import ChunkedLoss, cross_entropy, mean_loss, softcapped_logits
 from nanochat.optim import MuonAdamW
-from nanochat.pointwise import mix, mlp, norm, rotary_norm
 
 VE_GATE_CHANNELS = 32  # the gate of the value embeddings reads this many channels of the block input
 
@@ -147,16 +147,22 @@ class GPT(nn.Module):
         padded_vocab = math.ceil(config.vocab_size / 64) * 64
         head_dim = config.n_embd // config.n_head
         self.windows = window_sizes(config)
-        self.transformer = nn.ModuleDict({
-            "wte": Embedding(lead, padded_vocab, config.n_embd),
-            "h": nn.ModuleList([Block(config, i, w, lead) for i, w in enumerate(self.windows)]),
-        })
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": Embedding(lead, padded_vocab, config.n_embd),
+                "h": nn.ModuleList([Block(config, i, w, lead) for i, w in enumerate(self.windows)]),
+            }
+        )
         self.lm_head = Linear(lead, config.n_embd, padded_vocab)
         self.resid_lambdas = nn.Parameter(torch.empty(*lead, config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(*lead, config.n_layer))
-        self.value_embeds = nn.ModuleDict({
-            str(i): Embedding(lead, padded_vocab, config.n_kv_head * head_dim)
-            for i in range(config.n_layer) if has_value_embedding(i, config.n_layer)})
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(i): Embedding(lead, padded_vocab, config.n_kv_head * head_dim)
+                for i in range(config.n_layer)
+                if has_value_embedding(i, config.n_layer)
+            }
+        )
         for name in ("cos", "sin"):  # filled by init_weights: on the meta device there is nothing to fill
             self.register_buffer(name, torch.empty(config.sequence_len, 1, head_dim // 2), persistent=False)
 
@@ -176,13 +182,16 @@ class GPT(nn.Module):
         if self.backend == "flex":
             attn_kernels.prepare_block_masks(self.config.sequence_len, self.windows, self.device)
         self.chunked_loss = on_cpu and not compiled
-        self.kernels = f"attention: {self.backend}; loss: {'chunked' if self.chunked_loss else 'full logits'}; torch.compile: " + (
-            "on" if compiled else "off, on a CPU its start costs more than it gains")
+        self.kernels = (
+            f"attention: {self.backend}; loss: {'chunked' if self.chunked_loss else 'full logits'}; torch.compile: "
+            + ("on" if compiled else "off, on a CPU its start costs more than it gains")
+        )
         return torch.compile(self, dynamic=False) if compiled else self
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Initialise all runs alike from `generator` (default: torch's global one): see DESIGN section 4."""
+
         def fill(p: torch.Tensor, std: float, draw) -> None:
             one = torch.empty(p.shape if self.runs is None else p.shape[1:], device=p.device, dtype=torch.float32)
             p.copy_(draw(one, std))
@@ -193,7 +202,7 @@ class GPT(nn.Module):
         def uniform(t, std):  # U(-a, a) has standard deviation a / sqrt(3)
             return t.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
 
-        std = self.config.n_embd ** -0.5
+        std = self.config.n_embd**-0.5
         fill(self.transformer.wte.weight, 1.0, normal)
         fill(self.lm_head.weight, 0.001, normal)
         for block in self.transformer.h:
@@ -234,7 +243,7 @@ class GPT(nn.Module):
         if start + T > self.config.sequence_len:
             raise ValueError(f"{start + T} tokens do not fit the model's sequence length {self.config.sequence_len}")
         heads = self.config.n_head + self.config.n_kv_head
-        cos, sin = (table[start:start + T].expand(-1, heads, -1).contiguous() for table in (self.cos, self.sin))
+        cos, sin = (table[start : start + T].expand(-1, heads, -1).contiguous() for table in (self.cos, self.sin))
 
         x = x0 = norm(self.transformer.wte(idx))
         scalars = (1, 1, 1) if self.runs is None else (-1, 1, 1, 1)
@@ -271,9 +280,17 @@ class GPT(nn.Module):
         keys = sum(c.sequence_len if w < 0 else min(w, c.sequence_len) for w in self.windows)
         return 6 * products + 12 * c.n_embd * keys
 
-    def setup_optimizer(self, unembedding_lr: float = 0.004, embedding_lr: float = 0.3, matrix_lr: float = 0.02,
-                        weight_decay: float = 0.0, adam_betas: tuple[float, float] = (0.8, 0.95), scalar_lr: float = 0.5,
-                        rank: int = 0, world_size: int = 1) -> MuonAdamW:
+    def setup_optimizer(
+        self,
+        unembedding_lr: float = 0.004,
+        embedding_lr: float = 0.3,
+        matrix_lr: float = 0.02,
+        weight_decay: float = 0.0,
+        adam_betas: tuple[float, float] = (0.8, 0.95),
+        scalar_lr: float = 0.5,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> MuonAdamW:
         """The optimizer of DESIGN section 4: AdamW for embeddings, head and scalars, Muon for the block matrices.
 
         The AdamW rates of the embeddings and the head scale with (width / 768)^-0.5; `weight_decay` is Muon's.
@@ -283,7 +300,12 @@ class GPT(nn.Module):
         groups = [
             {"name": "lm_head", "params": [self.lm_head.weight], "lr": unembedding_lr * scale, **adamw},
             {"name": "wte", "params": [self.transformer.wte.weight], "lr": embedding_lr * scale, **adamw},
-            {"name": "value_embeds", "params": [e.weight for e in self.value_embeds.values()], "lr": embedding_lr * scale, **adamw},
+            {
+                "name": "value_embeds",
+                "params": [e.weight for e in self.value_embeds.values()],
+                "lr": embedding_lr * scale,
+                **adamw,
+            },
             {"name": "resid_lambdas", "params": [self.resid_lambdas], "lr": scalar_lr * 0.01, **adamw},
             {"name": "x0_lambdas", "params": [self.x0_lambdas], "lr": scalar_lr, **adamw, "betas": (0.96, 0.95)},
         ]
@@ -291,8 +313,17 @@ class GPT(nn.Module):
         for p in self.transformer.h.parameters():
             matrices.setdefault(tuple(p.shape[-2:]), []).append(p)
         for (rows, cols), params in sorted(matrices.items()):
-            groups.append({"name": f"muon_{rows}x{cols}", "kind": "muon", "params": params, "lr": matrix_lr,
-                           "momentum": 0.95, "beta2": 0.95, "weight_decay": weight_decay})
+            groups.append(
+                {
+                    "name": f"muon_{rows}x{cols}",
+                    "kind": "muon",
+                    "params": params,
+                    "lr": matrix_lr,
+                    "momentum": 0.95,
+                    "beta2": 0.95,
+                    "weight_decay": weight_decay,
+                }
+            )
         for group in groups:
             group["initial_lr"], group["initial_wd"] = group["lr"], group["weight_decay"]
         covered, total = sum(p.numel() for g in groups for p in g["params"]), sum(p.numel() for p in self.parameters())
@@ -303,6 +334,6 @@ class GPT(nn.Module):
 def window_sizes(config: GPTConfig) -> list[int]:
     """Per layer: half the context for S, `FULL` for L; the pattern is tiled over the layers, the last is always L."""
     pattern = config.window_pattern * config.n_layer
-    sizes = [config.sequence_len // 2 if c == "S" else attn_kernels.FULL for c in pattern[:config.n_layer]]
+    sizes = [config.sequence_len // 2 if c == "S" else attn_kernels.FULL for c in pattern[: config.n_layer]]
     sizes[-1] = attn_kernels.FULL
     return sizes

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 
 @torch.no_grad()
-def bits_per_byte(model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: torch.Tensor,
-                  world_size: int = 1) -> float | list[float]:
+def bits_per_byte(
+    model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: torch.Tensor, world_size: int = 1
+) -> float | list[float]:
     """Total nats / (ln 2 x total bytes of the target tokens); tokens of 0 bytes (specials) are left out of both.
 
     `batches` yields (inputs, targets), each (B, T); `token_bytes` (V,) holds each token's raw bytes. With a batched
@@ -22,7 +23,7 @@ def bits_per_byte(model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], t
     nats = torch.zeros(runs, dtype=torch.float64, device=token_bytes.device)
     total_bytes = torch.zeros(1, dtype=torch.float64, device=token_bytes.device)
     for inputs, targets in batches:
-        losses = model(inputs, targets, loss_reduction="none").view(runs, -1)         # (R, B*T)
+        losses = model(inputs, targets, loss_reduction="none").view(runs, -1)  # (R, B*T)
         counted = token_bytes[targets.flatten().clamp_min(0)] * (targets.flatten() >= 0)
         nats += torch.where(counted > 0, losses, 0.0).double().sum(-1)
         total_bytes += counted.sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from nanochat.optim_shards import AdamWShard, MuonShard, Shard
+from nanochat.optim_sharding import AdamWShard, MuonShard, Shard
 
 # Polar Express for 5 iterations, safety factor 2e-2, cushion 2 (Amsel et al., arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -22,6 +22,7 @@ POLAR_EXPRESS = (
 
 # -----------------------------------------------------------------------------
 # the maths
+
 
 def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, eps, bias1, bias2) -> None:
     """One AdamW step with decoupled decay, in place (Loshchilov & Hutter). `bias1 = 1 - beta1^step`, likewise bias2."""
@@ -49,8 +50,8 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
         return x
     for a, b, c in POLAR_EXPRESS:
         gram = _gram(x, tall)
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)                    # b A + c A A
-        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)          # a X + (b A + c A A) X
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A A
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)  # a X + (b A + c A A) X
     return x
 
 
@@ -101,6 +102,7 @@ def muon_update(p, grad, momentum_buffer, second_momentum, lr, weight_decay, mom
 # -----------------------------------------------------------------------------
 # the optimizer
 
+
 class MuonAdamW(torch.optim.Optimizer):
     """Groups with `kind` "adamw" (lr, betas, eps, weight_decay) or "muon" (lr, momentum, beta2, weight_decay).
 
@@ -124,8 +126,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError(f"a param group needs a name of its own and a kind out of {sorted(shards)}")
             self._shards.append(shards[group["kind"]](group, rank, world_size))
         cuda = self.param_groups[0]["params"][0].is_cuda
-        self._compiled = {name: torch.compile(f, dynamic=False, fullgraph=True) if cuda else f
-                          for name, f in (("adamw", adamw_update), ("muon", muon_update))}
+        self._compiled = {
+            name: torch.compile(f, dynamic=False, fullgraph=True) if cuda else f
+            for name, f in (("adamw", adamw_update), ("muon", muon_update))
+        }
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -157,6 +161,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state: dict) -> None:
         """Take over a `state_dict()` of any world size. Raises ValueError when groups, names or shapes differ."""
         if set(state) != {s.group["name"] for s in self._shards}:
-            raise ValueError(f"optimizer state holds the groups {sorted(state)}, not {sorted(s.group['name'] for s in self._shards)}")
+            raise ValueError(
+                f"optimizer state holds the groups {sorted(state)}, not {sorted(s.group['name'] for s in self._shards)}"
+            )
         for shard in self._shards:
             shard.load_state_dict(state[shard.group["name"]])

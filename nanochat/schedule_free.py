@@ -22,12 +22,16 @@ class ScheduleFreeMuon:
     averaged over ranks, its state is the same on every rank.
     """
 
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float, warmup_steps: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, groups: list[dict], lr: float, weight_decay: float, warmup_steps: int, rank: int = 0, world_size: int = 1
+    ):
         self.muon = MuonAdamW([g for g in groups if g["kind"] == "muon"], rank, world_size)
         self.params = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
         for p in self.params:  # the averages that it keeps in the weights' place stand still in bf16
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-        self.free = schedulefree.AdamWScheduleFree(self.params, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        self.free = schedulefree.AdamWScheduleFree(
+            self.params, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps
+        )
         self.world_size = world_size
         self.param_groups = self.muon.param_groups  # what a base schedule and a controller may set
         self.free.train()
@@ -52,7 +56,11 @@ class ScheduleFreeMuon:
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers; collective when N > 1. Taken in train mode it resumes bit for bit."""
         tensors = {f"{i}.{key}": t.clone() for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}
-        return {"muon": self.muon.state_dict(), "free": tensors, "counters": {k: self.free.param_groups[0][k] for k in _COUNTERS}}
+        return {
+            "muon": self.muon.state_dict(),
+            "free": tensors,
+            "counters": {k: self.free.param_groups[0][k] for k in _COUNTERS},
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError when names or shapes differ."""

@@ -23,21 +23,32 @@ FORMAT = 1
 FILE_NAME = "tokenizer.json"
 RETRAIN = "train it anew: python -m scripts.tok_train --force"
 
-SPECIAL_TOKENS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-                  "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
+SPECIAL_TOKENS = [
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+]
 
 # Text is cut into these pieces first; merges never cross a cut. GPT-4's pattern with two changes: digits in groups of
 # at most 2 (a small vocabulary cannot spare tokens for 1,000 numbers), and runs of whitespace in pieces of at most 256
 # (an unbounded run backtracks until the regex engine overflows its stack: a million spaces would end the program).
-SPLIT_PATTERN = "|".join([
-    r"'(?i:[sdmt]|ll|ve|re)",          # English contractions
-    r"[^\r\n\p{L}\p{N}]?+\p{L}+",      # a word, with the one space or sign before it
-    r"\p{N}{1,2}",                     # digits
-    r" ?[^\s\p{L}\p{N}]++[\r\n]*",     # signs, with the line break after them
-    r"\s{0,256}[\r\n]",                # blank lines
-    r"\s{1,256}(?!\S)",                # whitespace but for the last one, which belongs to the word that follows
-    r"\s",
-])
+SPLIT_PATTERN = "|".join(
+    [
+        r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
+        r"[^\r\n\p{L}\p{N}]?+\p{L}+",  # a word, with the one space or sign before it
+        r"\p{N}{1,2}",  # digits
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs, with the line break after them
+        r"\s{0,256}[\r\n]",  # blank lines
+        r"\s{1,256}(?!\S)",  # whitespace but for the last one, which belongs to the word that follows
+        r"\s",
+    ]
+)
 
 
 def tokenizer_folder(name: str = "default") -> Path:
@@ -59,8 +70,12 @@ class Tokenizer:
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.bos = self.specials["<|bos|>"]
-        self._encoding = tiktoken.Encoding("nanochat", pat_str=pattern, special_tokens=self.specials,
-                                           mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
+        self._encoding = tiktoken.Encoding(
+            "nanochat",
+            pat_str=pattern,
+            special_tokens=self.specials,
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -76,8 +91,10 @@ class Tokenizer:
         ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
         if len(ranks) < n_ranks:
             reached = len(ranks) + len(SPECIAL_TOKENS)
-            raise UserError(f"the text is too small for --vocab-size {vocab_size}: its merges end at a vocabulary of "
-                            f"{reached}; choose at most that, or give more text")
+            raise UserError(
+                f"the text is too small for --vocab-size {vocab_size}: its merges end at a vocabulary of "
+                f"{reached}; choose at most that, or give more text"
+            )
         return cls(SPLIT_PATTERN, ranks)
 
     # -----------------------------------------------------------------------------
@@ -85,8 +102,12 @@ class Tokenizer:
 
     @functools.cached_property
     def _definition(self) -> dict:
-        return {"format": FORMAT, "pattern": self.pattern, "special_tokens": SPECIAL_TOKENS,
-                "ranks": [base64.b64encode(token).decode() for token in self.ranks]}
+        return {
+            "format": FORMAT,
+            "pattern": self.pattern,
+            "special_tokens": SPECIAL_TOKENS,
+            "ranks": [base64.b64encode(token).decode() for token in self.ranks],
+        }
 
     @functools.cached_property
     def fingerprint(self) -> str:

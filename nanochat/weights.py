@@ -19,7 +19,9 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict
     try:
         safetensors.torch.save_file(tensors, temporary, metadata={"description": json.dumps(description)})
     except safetensors.SafetensorError as e:
-        raise UserError(f"{path} cannot be written ({e}); make room, then run the same command again with --resume auto") from None
+        raise UserError(
+            f"{path} cannot be written ({e}); make room, then run the same command again with --resume auto"
+        ) from None
     with open(temporary, "rb") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """Evaluate a trained model: bits per byte on both splits, and samples of text.
 
-    python -m scripts.base_eval --model-tag d6                          what scripts.base_train left in runs/d6
-    python -m scripts.base_eval --model-tag d6 --prompt "def main("     continue a text of your own
+python -m scripts.base_eval --model-tag d6                          what scripts.base_train left in runs/d6
+python -m scripts.base_eval --model-tag d6 --prompt "def main("     continue a text of your own
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nanochat.dataset import resolve_data
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
+from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
-from nanochat.tokens import TokenCache
 from scripts.runs import run_folder
 
 
@@ -50,10 +50,16 @@ def main() -> None:
     record = read_json(folder / "config.json", "the run's config")
     weights = load_model_weights(folder / "model.safetensors")
     with untrusted(folder / "config.json"):
-        name, data, config = str(record["flags"]["tokenizer"]), str(record["flags"]["data"]), GPTConfig(**record["model"])
+        name, data, config = (
+            str(record["flags"]["tokenizer"]),
+            str(record["flags"]["data"]),
+            GPTConfig(**record["model"]),
+        )
         tokenizer = Tokenizer.load(tokenizer_folder(name))
         if tokenizer.fingerprint != record["tokenizer"]:
-            raise UserError(f"tokenizer {name!r} is not the one that {folder} was trained with; train it again as it was")
+            raise UserError(
+                f"tokenizer {name!r} is not the one that {folder} was trained with; train it again as it was"
+            )
         if not 0 < config.n_layer <= len(weights):
             raise ValueError(f"{config.n_layer} layers, but the weights are {len(weights)} tensors")
         with torch.device("meta"):
@@ -83,9 +89,11 @@ def main() -> None:
 
     if compute.is_main:
         for i, prompt in enumerate(args.prompt or ["", "def ", "The "]):
-            tokens = tokenizer.encode(prompt, bos=True)[-(T - 1):]
+            tokens = tokenizer.encode(prompt, bos=True)[-(T - 1) :]
             with compute.autocast():
-                new = generate(model, tokens, args.max_tokens, args.temperature, args.top_k, seed=args.seed + i, stop=tokenizer.bos)
+                new = generate(
+                    model, tokens, args.max_tokens, args.temperature, args.top_k, seed=args.seed + i, stop=tokenizer.bos
+                )
             print0(f"sample: {prompt + tokenizer.decode(new)!r}")
 
 

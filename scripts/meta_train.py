@@ -17,28 +17,49 @@ from functools import partial
 import torch
 
 from jel.errors import JelError
-from jel.grpo import PolicyUpdate, group_advantages, standard_grpo_advantages
-from jel.meta import MetaConfig, MetaTrainer
-from jel.parallel import ParallelTask
+from jel.learn.grpo import PolicyUpdate, group_advantages, standard_grpo_advantages
+from jel.learn.meta import MetaConfig, MetaTrainer
+from jel.learn.rollout import Interrupted
+from jel.learn.workers import ParallelTask
 from jel.policy import GaussianPolicy, save_policy
-from jel.rollout import Interrupted
 from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
-from nanochat.common import (Compute, RunLog, Stopwatch, UserError, derive_seed, environment_record, format_seconds, init_compute,
-                             print0, run_main, seed_everything)
+from nanochat.common import (
+    Compute,
+    RunLog,
+    Stopwatch,
+    UserError,
+    derive_seed,
+    environment_record,
+    format_seconds,
+    init_compute,
+    print0,
+    run_main,
+    seed_everything,
+)
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
-from nanochat.interrupt import REQUEUE_EXIT_CODE, StopRequest
+from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
+from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
-from nanochat.tokens import TokenCache
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.runs import LARGEST, check_model, check_numbers, check_same_flags, hold, is_finished, resumable_flags, run_folder
+from scripts.runs import (
+    LARGEST,
+    check_model,
+    check_numbers,
+    check_same_flags,
+    hold,
+    is_finished,
+    resumable_flags,
+    run_folder,
+)
 
 ADVANTAGES = {"group": group_advantages, "standard": standard_grpo_advantages}
 
 
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
+
 
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,14 +75,24 @@ def flags() -> argparse.ArgumentParser:
     # an episode
     flag("--num-iterations", type=int, default=561, help="steps of an episode")
     flag("--episode-seq-len", type=int, default=128)
-    flag("--episode-batch-size", type=int, default=32, help="rows per step and episode; x --episode-seq-len = 4,096 tokens")
+    flag(
+        "--episode-batch-size",
+        type=int,
+        default=32,
+        help="rows per step and episode; x --episode-seq-len = 4,096 tokens",
+    )
     flag("--decision-interval", type=int, default=50, help="steps")
     flag("--base-lr", type=float, default=1e-3, help="every group's rate before the multiplier")
     flag("--base-wd", type=float, default=1e-2, help="every group's weight decay before the multiplier")
     flag("--warmup-ratio", type=float, default=0.0)
     flag("--warmdown-ratio", type=float, default=0.4)
     flag("--final-lr-frac", type=float, default=0.0)
-    flag("--episode-starts", choices=["shared", "own"], default="shared", help="initialisation and data: one per group, or one per episode")
+    flag(
+        "--episode-starts",
+        choices=["shared", "own"],
+        default="shared",
+        help="initialisation and data: one per group, or one per episode",
+    )
     # reward
     flag("--probe-batches", type=int, default=4, help="fixed batches whose mean loss is the reward's")
     flag("--gradient-penalty", type=float, default=0.0, help="lambda_g")
@@ -73,18 +104,38 @@ def flags() -> argparse.ArgumentParser:
     flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")
     flag("--updates", type=int, default=50)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
-    flag("--episode-chunk", type=int, default=-1, help="episodes side by side on a device; -1 = as many as fit its free memory")
-    flag("--episode-workers", type=int, default=-1, help="processes that share them on a CPU, a thread each; 1 = this one, with all threads; -1 = one a core")
+    flag(
+        "--episode-chunk",
+        type=int,
+        default=-1,
+        help="episodes side by side on a device; -1 = as many as fit its free memory",
+    )
+    flag(
+        "--episode-workers",
+        type=int,
+        default=-1,
+        help="processes that share them on a CPU, a thread each; 1 = this one, with all threads; -1 = one a core",
+    )
     flag("--policy-lr", type=float, default=3e-4)
     flag("--gamma", type=float, default=0.99)
     flag("--clip", type=float, default=0.2)
     flag("--ppo-epochs", type=int, default=4)
     flag("--minibatch-size", type=int, default=64)
     flag("--entropy-coef", type=float, default=0.0)
-    flag("--advantages", choices=list(ADVANTAGES), default="group", help="standard: with GRPO's length and variance normalisation (paper 4.4)")
+    flag(
+        "--advantages",
+        choices=list(ADVANTAGES),
+        default="group",
+        help="standard: with GRPO's length and variance normalisation (paper 4.4)",
+    )
     # saving, logging
     flag("--save-every", type=int, default=1, help="updates between checkpoints")
-    flag("--resume", choices=["none", "auto"], default="none", help="auto: go on from the newest whole checkpoint of this run, if any")
+    flag(
+        "--resume",
+        choices=["none", "auto"],
+        default="none",
+        help="auto: go on from the newest whole checkpoint of this run, if any",
+    )
     flag("--run", default="dummy", help="wandb run name; dummy = off")
     flag("--model-tag", default="meta", help="name of the run's folder")
     flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
@@ -92,21 +143,55 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-MAY_CHANGE = {"resume", "run", "model_tag", "save_every", "device_type", "episode_chunk", "episode_workers"}  # ... when a run goes on
+MAY_CHANGE = {
+    "resume",
+    "run",
+    "model_tag",
+    "save_every",
+    "device_type",
+    "episode_chunk",
+    "episode_workers",
+}  # ... when a run goes on
 
 
 def main() -> int:
     args = parse_with_preset(flags(), "meta_train")
     check_model(args)
-    check_numbers(args, {
-        (1, LARGEST): ["num_iterations", "episode_seq_len", "episode_batch_size", "decision_interval", "probe_batches", "updates",
-                       "episodes", "ppo_epochs", "minibatch_size", "policy_hidden", "save_every"],
-        (0, LARGEST): ["base_lr", "base_wd", "final_lr_frac", "gradient_penalty", "smoothness_penalty", "nan_penalty", "policy_lr", "clip",
-                       "entropy_coef"],
-        (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma"]})
+    check_numbers(
+        args,
+        {
+            (1, LARGEST): [
+                "num_iterations",
+                "episode_seq_len",
+                "episode_batch_size",
+                "decision_interval",
+                "probe_batches",
+                "updates",
+                "episodes",
+                "ppo_epochs",
+                "minibatch_size",
+                "policy_hidden",
+                "save_every",
+            ],
+            (0, LARGEST): [
+                "base_lr",
+                "base_wd",
+                "final_lr_frac",
+                "gradient_penalty",
+                "smoothness_penalty",
+                "nan_penalty",
+                "policy_lr",
+                "clip",
+                "entropy_coef",
+            ],
+            (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma"],
+        },
+    )
     if args.decision_interval > args.num_iterations:
-        print0(f"warning: a decision every {args.decision_interval} steps is more than the episode's {args.num_iterations}: "
-               "one decision an episode")
+        print0(
+            f"warning: a decision every {args.decision_interval} steps is more than the episode's {args.num_iterations}: "
+            "one decision an episode"
+        )
 
     # -------------------------------------------------------------------------
     # init
@@ -126,31 +211,70 @@ def main() -> int:
     # -------------------------------------------------------------------------
     # the episodes
 
-    config = GPTConfig.from_depth(args.depth, args.aspect_ratio, args.head_dim, sequence_len=args.episode_seq_len,
-                                  vocab_size=tokenizer.vocab_size, window_pattern=args.window_pattern)
-    schedule = {"warmup_ratio": args.warmup_ratio, "warmdown_ratio": args.warmdown_ratio, "final_lr_frac": args.final_lr_frac,
-                "final_wd_frac": 0.0}
+    config = GPTConfig.from_depth(
+        args.depth,
+        args.aspect_ratio,
+        args.head_dim,
+        sequence_len=args.episode_seq_len,
+        vocab_size=tokenizer.vocab_size,
+        window_pattern=args.window_pattern,
+    )
+    schedule = {
+        "warmup_ratio": args.warmup_ratio,
+        "warmdown_ratio": args.warmdown_ratio,
+        "final_lr_frac": args.final_lr_frac,
+        "final_wd_frac": 0.0,
+    }
     share = -(-args.episodes // compute.world_size)
     each, free = episode_bytes(config, args.episode_batch_size), least_over_ranks(free_bytes(compute.device), compute)
     chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
     workers = min(chunk, workers_for(args.episode_workers, compute))
-    print0(f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in {workers} process{'es' * (workers > 1)} "
-           f"(about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)")
-    make_task = partial(PretrainTask, config, cache, compute, num_steps=args.num_iterations, batch_size=args.episode_batch_size,
-                        probe_batches=args.probe_batches, base_lr=args.base_lr, base_wd=args.base_wd, schedule=schedule,
-                        seed=args.seed, shared=args.episode_starts == "shared")
+    print0(
+        f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in {workers} process{'es' * (workers > 1)} "
+        f"(about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
+    )
+    make_task = partial(
+        PretrainTask,
+        config,
+        cache,
+        compute,
+        num_steps=args.num_iterations,
+        batch_size=args.episode_batch_size,
+        probe_batches=args.probe_batches,
+        base_lr=args.base_lr,
+        base_wd=args.base_wd,
+        schedule=schedule,
+        seed=args.seed,
+        shared=args.episode_starts == "shared",
+    )
     task = make_task() if workers == 1 else ParallelTask(make_task, workers, args.num_iterations)
 
     # -------------------------------------------------------------------------
     # the policy and its training
 
-    policy = GaussianPolicy(hidden=args.policy_hidden, initial_log_std=args.initial_log_std, action_range=args.action_range,
-                            seed=derive_seed(args.seed, "policy"))
-    updater = PolicyUpdate(policy, lr=args.policy_lr, gamma=args.gamma, clip=args.clip, epochs=args.ppo_epochs,
-                           minibatch_size=args.minibatch_size, entropy_coef=args.entropy_coef, seed=derive_seed(args.seed, "minibatches"),
-                           advantages=ADVANTAGES[args.advantages])
-    meta = MetaConfig(args.episodes, chunk, args.decision_interval, args.gradient_penalty, args.smoothness_penalty, args.nan_penalty)
-    trainer = MetaTrainer(task, policy, updater, meta, derive_seed(args.seed, "actions"), compute.rank, compute.world_size, stop.requested)
+    policy = GaussianPolicy(
+        hidden=args.policy_hidden,
+        initial_log_std=args.initial_log_std,
+        action_range=args.action_range,
+        seed=derive_seed(args.seed, "policy"),
+    )
+    updater = PolicyUpdate(
+        policy,
+        lr=args.policy_lr,
+        gamma=args.gamma,
+        clip=args.clip,
+        epochs=args.ppo_epochs,
+        minibatch_size=args.minibatch_size,
+        entropy_coef=args.entropy_coef,
+        seed=derive_seed(args.seed, "minibatches"),
+        advantages=ADVANTAGES[args.advantages],
+    )
+    meta = MetaConfig(
+        args.episodes, chunk, args.decision_interval, args.gradient_penalty, args.smoothness_penalty, args.nan_penalty
+    )
+    trainer = MetaTrainer(
+        task, policy, updater, meta, derive_seed(args.seed, "actions"), compute.rank, compute.world_size, stop.requested
+    )
 
     # -------------------------------------------------------------------------
     # resume
@@ -170,11 +294,23 @@ def main() -> int:
 
     def save() -> None:
         if writer:
-            writer.save(trainer.updates, {"flags": resumable_flags(args, MAY_CHANGE), "trainer": trainer.state_dict(),
-                                          "seconds": seconds, "records": records})
+            writer.save(
+                trainer.updates,
+                {
+                    "flags": resumable_flags(args, MAY_CHANGE),
+                    "trainer": trainer.state_dict(),
+                    "seconds": seconds,
+                    "records": records,
+                },
+            )
 
-    log = RunLog(folder, {"flags": vars(args), "model": vars(config), "data": corpus_record(data), "tokenizer": tokenizer.fingerprint},
-                 compute, resume_step=trainer.updates if resumed else None, wandb_name=args.run)
+    log = RunLog(
+        folder,
+        {"flags": vars(args), "model": vars(config), "data": corpus_record(data), "tokenizer": tokenizer.fingerprint},
+        compute,
+        resume_step=trainer.updates if resumed else None,
+        wandb_name=args.run,
+    )
 
     # -------------------------------------------------------------------------
     # loop
@@ -191,9 +327,11 @@ def main() -> int:
         log.log(**record)
         lr, wd = record["lr"], record["weight_decay"]
         spots = (0, len(lr) // 2, -1)
-        print0(f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} best {record['return_best']:.4f} | "
-               f"entropy {record['entropy']:.3f} | lr x{'/'.join(f'{lr[i]:.3g}' for i in spots)} wd x{'/'.join(f'{wd[i]:.3g}' for i in spots)} | "
-               f"episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(watch.tick(trainer.updates))}")
+        print0(
+            f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} best {record['return_best']:.4f} | "
+            f"entropy {record['entropy']:.3f} | lr x{'/'.join(f'{lr[i]:.3g}' for i in spots)} wd x{'/'.join(f'{wd[i]:.3g}' for i in spots)} | "
+            f"episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(watch.tick(trainer.updates))}"
+        )
         if record["episodes_alive"] < args.episodes:
             print0(f"  {args.episodes - record['episodes_alive']} of {args.episodes} episodes blew up")
         if trainer.updates % args.save_every == 0 and trainer.updates < args.updates:
@@ -214,11 +352,26 @@ def main() -> int:
         writer.close()
         episodes = args.updates * args.episodes
         tokens = episodes * args.num_iterations * args.episode_batch_size * args.episode_seq_len
-        save_policy(policy, folder / "policy", {"flags": resumable_flags(args, MAY_CHANGE), "model": vars(config),
-                                                "environment": environment_record(compute), "seconds": seconds})
-        log.finish(updates=args.updates, episodes=episodes, tokens=tokens, seconds=seconds, entropy=[r["entropy"] for r in records],
-                   return_mean=[r["return_mean"] for r in records], policy=str(folder / "policy.safetensors"),
-                   flags=resumable_flags(args, MAY_CHANGE))
+        save_policy(
+            policy,
+            folder / "policy",
+            {
+                "flags": resumable_flags(args, MAY_CHANGE),
+                "model": vars(config),
+                "environment": environment_record(compute),
+                "seconds": seconds,
+            },
+        )
+        log.finish(
+            updates=args.updates,
+            episodes=episodes,
+            tokens=tokens,
+            seconds=seconds,
+            entropy=[r["entropy"] for r in records],
+            return_mean=[r["return_mean"] for r in records],
+            policy=str(folder / "policy.safetensors"),
+            flags=resumable_flags(args, MAY_CHANGE),
+        )
     compute.barrier()  # gloo aborts in a rank that tears down after another has gone
     print0(f"done: {args.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
     return 0
@@ -229,7 +382,9 @@ def workers_for(given: int, compute: Compute) -> int:
     if given < 1 and given != -1:
         raise UserError(f"--episode-workers is {given}; give 1 or more, or -1 to choose it here")
     if given > 1 and compute.is_cuda:
-        raise UserError(f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, over several GPUs use torchrun")
+        raise UserError(
+            f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, over several GPUs use torchrun"
+        )
     return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
 
 

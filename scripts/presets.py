@@ -18,26 +18,64 @@ PRESETS: dict[str, dict[str, dict]] = {
     "paper": {},
     "tiny": {
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
-        "base_train": {**_TINY, "max_seq_len": 128, "num_iterations": 250, "total_batch_size": 2048, "device_batch_size": 16,
-                       "lr_batch_rule": "none", "eval_every": 25, "eval_tokens": 65536, "save_every": 50},
-        "meta_train": {**_TINY, "num_iterations": 75, "decision_interval": 15, "episode_seq_len": 64, "episode_batch_size": 8,
-                       "policy_lr": 3e-3, "updates": 10},
+        "base_train": {
+            **_TINY,
+            "max_seq_len": 128,
+            "num_iterations": 250,
+            "total_batch_size": 2048,
+            "device_batch_size": 16,
+            "lr_batch_rule": "none",
+            "eval_every": 25,
+            "eval_tokens": 65536,
+            "save_every": 50,
+        },
+        "meta_train": {
+            **_TINY,
+            "num_iterations": 75,
+            "decision_interval": 15,
+            "episode_seq_len": 64,
+            "episode_batch_size": 8,
+            "policy_lr": 3e-3,
+            "updates": 10,
+        },
     },
     "smoke": {
         "sweep": {"seeds": [42], "settings": 3},
         "tok_train": {"data": "embedded", "vocab_size": 320, "name": "smoke"},
-        "base_train": {**_SMOKE, "max_seq_len": 64, "num_iterations": 12, "total_batch_size": 256, "device_batch_size": 2,
-                       "lr_batch_rule": "none", "eval_every": 6, "eval_tokens": 1024, "save_every": 6, "decision_interval": 4,
-                       "sample_tokens": 8},
-        "meta_train": {**_SMOKE, "num_iterations": 12, "decision_interval": 4, "episode_seq_len": 32,
-                       "episode_batch_size": 2, "updates": 3, "episodes": 4, "save_every": 1},
+        "base_train": {
+            **_SMOKE,
+            "max_seq_len": 64,
+            "num_iterations": 12,
+            "total_batch_size": 256,
+            "device_batch_size": 2,
+            "lr_batch_rule": "none",
+            "eval_every": 6,
+            "eval_tokens": 1024,
+            "save_every": 6,
+            "decision_interval": 4,
+            "sample_tokens": 8,
+        },
+        "meta_train": {
+            **_SMOKE,
+            "num_iterations": 12,
+            "decision_interval": 4,
+            "episode_seq_len": 32,
+            "episode_batch_size": 2,
+            "updates": 3,
+            "episodes": 4,
+            "save_every": 1,
+        },
     },
 }
 
 
 def add_preset_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
-                        help="smoke: seconds; tiny: minutes on a CPU; paper: the paper's size; auto: paper with a GPU, else tiny")
+    parser.add_argument(
+        "--preset",
+        choices=["auto", *PRESETS],
+        default="auto",
+        help="smoke: seconds; tiny: minutes on a CPU; paper: the paper's size; auto: paper with a GPU, else tiny",
+    )
 
 
 def resolve_preset(name: str) -> str:
@@ -45,7 +83,9 @@ def resolve_preset(name: str) -> str:
     return name if name != "auto" else "paper" if torch.cuda.is_available() else "tiny"
 
 
-def parse_with_preset(parser: argparse.ArgumentParser, script: str, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_with_preset(
+    parser: argparse.ArgumentParser, script: str, argv: list[str] | None = None
+) -> argparse.Namespace:
     """Parse flags over the preset's defaults for `script`; a flag that is given wins. A preset's key must be a flag."""
     known = parser.parse_known_args(argv)[0]
     preset = resolve_preset(known.preset)

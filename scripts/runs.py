@@ -39,7 +39,9 @@ def hold(folder: Path, compute: Compute, wait: bool) -> IO | None:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 if not wait:
-                    raise UserError(f"another process is training in {folder}; give another --model-tag, or wait for it to end") from None
+                    raise UserError(
+                        f"another process is training in {folder}; give another --model-tag, or wait for it to end"
+                    ) from None
                 print0(f"waiting for the process that is training in {folder} to end")
                 fcntl.lockf(lock, fcntl.LOCK_EX)
     return lock
@@ -76,11 +78,15 @@ def check_same_flags(saved, args: argparse.Namespace, may_change: set[str], fold
     """Raise `UserError`, listing what differs, unless the run was started with these flags."""
     now = resumable_flags(args, may_change)
     if not isinstance(saved, dict):
-        raise UserError(f"{folder} does not say with which flags its run was started; give another --model-tag, or --resume none")
+        raise UserError(
+            f"{folder} does not say with which flags its run was started; give another --model-tag, or --resume none"
+        )
     changed = sorted(k for k in saved.keys() | now.keys() if saved.get(k) != now.get(k))
     if changed:
         listed = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)} -> {now.get(k)}" for k in changed)
-        raise UserError(f"{folder} holds a run with other flags ({listed}); give the same flags, another --model-tag, or --resume none")
+        raise UserError(
+            f"{folder} holds a run with other flags ({listed}); give the same flags, another --model-tag, or --resume none"
+        )
 
 
 def is_finished(folder: Path, args: argparse.Namespace, may_change: set[str]) -> bool:

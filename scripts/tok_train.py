@@ -1,7 +1,7 @@
 """Train the tokenizer on the training shards (never on the validation shard).
 
-    python -m scripts.tok_train                                     paper: FineWeb-Edu, 32,768; tiny: the embedded corpus, 512
-    python -m scripts.tok_train --data my_texts --name my_texts     any folder of .parquet, .jsonl or .txt
+python -m scripts.tok_train                                     paper: FineWeb-Edu, 32,768; tiny: the embedded corpus, 512
+python -m scripts.tok_train --data my_texts --name my_texts     any folder of .parquet, .jsonl or .txt
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from nanochat.common import UserError, print0, read_json, run_main, write_json
 from nanochat.dataset import iter_texts, resolve_data, split_shards
+from nanochat.token_cache import shard_records
 from nanochat.tokenizer import FILE_NAME, SPLIT_PATTERN, Tokenizer, tokenizer_folder
-from nanochat.tokens import shard_records
 from scripts.presets import add_preset_flag, parse_with_preset
 
-EVAL_CHARS = 10_000_000    # of validation text; the ratio does not move any more after far less
+EVAL_CHARS = 10_000_000  # of validation text; the ratio does not move any more after far less
 
 
 def first_texts(shards: list[Path], max_chars: int, doc_cap: int) -> Iterator[str]:
@@ -27,7 +27,7 @@ def first_texts(shards: list[Path], max_chars: int, doc_cap: int) -> Iterator[st
     for shard in shards:
         for texts in iter_texts(shard):
             for text in texts:
-                text = text[:min(doc_cap, left)]
+                text = text[: min(doc_cap, left)]
                 yield text
                 left -= len(text)
                 if left == 0:
@@ -40,7 +40,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_preset_flag(parser)
-    parser.add_argument("--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt")
+    parser.add_argument(
+        "--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt"
+    )
     parser.add_argument("--vocab-size", type=int, default=32768, help="special tokens included")
     parser.add_argument("--max-chars", type=int, default=2 * 10**9, help="of text to learn from")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters of a document")
@@ -57,8 +59,13 @@ def main() -> None:
 
     output = args.output or tokenizer_folder(args.name)
     train, val = split_shards(resolve_data(args.data))
-    settings = {"vocab_size": args.vocab_size, "max_chars": args.max_chars, "doc_cap": args.doc_cap,
-                "split_pattern": SPLIT_PATTERN, "shards": [[name, size] for name, size, _ in shard_records(train)]}
+    settings = {
+        "vocab_size": args.vocab_size,
+        "max_chars": args.max_chars,
+        "doc_cap": args.doc_cap,
+        "split_pattern": SPLIT_PATTERN,
+        "shards": [[name, size] for name, size, _ in shard_records(train)],
+    }
     settings_path = output / "settings.json"
     if (output / FILE_NAME).exists() and not args.force:
         saved = read_json(settings_path, "settings") if settings_path.exists() else {}
@@ -67,8 +74,9 @@ def main() -> None:
             print0(f"{output} holds the tokenizer of these settings already; --force trains it again")
             return
         # Models trained with it would be worthless without it.
-        raise UserError(f"{output} holds a tokenizer of other settings; give another --name or --output, "
-                        "or --force to replace it")
+        raise UserError(
+            f"{output} holds a tokenizer of other settings; give another --name or --output, or --force to replace it"
+        )
 
     # -----------------------------------------------------------------------------
     # training

@@ -24,7 +24,7 @@ def corpus(tmp_path_factory) -> Path:
     """Three small shards of real text: this project's own sources."""
     folder = tmp_path_factory.mktemp("corpus")
     text = "\n".join(p.read_text() for p in sorted(ROOT.glob("nanochat/*.py")))
-    documents = [text[i:i + 400] for i in range(0, 120_000, 400)]
+    documents = [text[i : i + 400] for i in range(0, 120_000, 400)]
     for shard, part in enumerate((documents[:140], documents[140:280], documents[280:])):
         pq.write_table(pa.table({"text": part}), folder / f"shard_{shard:05d}.parquet")
     return folder
@@ -40,7 +40,13 @@ def base(tmp_path_factory, corpus) -> Path:
 
 def run_script(base: Path, module: str, *flags: str, check: bool = False, **env) -> subprocess.CompletedProcess:
     """`python -m module flags` in a process of its own, with `base` as the base directory."""
-    result = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, text=True, capture_output=True, timeout=240,
-                            env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", **env})
+    result = subprocess.run(
+        [sys.executable, "-m", module, *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=240,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", **env},
+    )
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result

@@ -45,6 +45,7 @@ class Identity(Controller):
 def train(base, corpus):
     def run(tag, *flags, **env):
         return run_script(base, "scripts.base_train", *SMOKE, "--data", str(corpus), "--model-tag", tag, *flags, **env)
+
     return run
 
 
@@ -77,8 +78,15 @@ def test_identity_and_none_give_the_same_bits(base, train):
     assert not torch.equal(weights(base, "none")["lm_head.weight"], weights(base, "doubled")["lm_head.weight"])
 
 
-@pytest.mark.parametrize("method", [
-    (), ("--hparams", "uniform", "--controller", "jel"), ("--optimizer", "schedule-free"), ("--controller", "tests.test_base_train:Doubler")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        (),
+        ("--hparams", "uniform", "--controller", "jel"),
+        ("--optimizer", "schedule-free"),
+        ("--controller", "tests.test_base_train:Doubler"),
+    ],
+)
 def test_killed_and_resumed_is_undisturbed(base, train, method):
     """Train 12 = train to a checkpoint, lose everything else, load it in a fresh process, train on."""
     assert train("whole", *method, "--save-every", "5").returncode == 0
@@ -94,7 +102,11 @@ def test_killed_and_resumed_is_undisturbed(base, train, method):
     assert_same(weights(base, "torn"), expected)
 
     def timeless(text):
-        return [{k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")} for line in text.splitlines()]
+        return [
+            {k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")}
+            for line in text.splitlines()
+        ]
+
     assert timeless((folder / "log.jsonl").read_text()) == timeless(log)
     assert "already finished" in train("torn", *method, "--save-every", "5", "--resume", "auto").stdout
 
@@ -107,19 +119,22 @@ def test_micro_batches_change_nothing(base, train):
     assert abs(a["train_loss"] - b["train_loss"]) < 1e-4
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--total-batch-size", "200"), ("does not divide", "nearest that does is 256")),
-    (("--decision-interval", "0"), ("--decision-interval is 0",)),
-    (("--no-such-flag", "1"), ("unrecognized arguments",)),
-    (("--controller", "jel", "--policy", "/nowhere/policy"), ("policy", "does not exist")),
-    (("--controller", "no.such.module:Thing"), ("no.such.module",)),
-    (("--controller", "json:JSONDecoder"), ("decide",)),
-    (("--data", "/nowhere"), ("/nowhere",)),
-    (("--tokenizer", "absent"), ("tokenizer", "tok_train")),
-    (("--window-pattern", "SXL"), ("SXL",)),
-    (("--model-tag", "../../escape"), ("escape",)),
-    (("--hparams", "uniform", "--base-lr", "1e30", "--max-recoveries", "0"), ("diverged", "--max-recoveries is 0")),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--total-batch-size", "200"), ("does not divide", "nearest that does is 256")),
+        (("--decision-interval", "0"), ("--decision-interval is 0",)),
+        (("--no-such-flag", "1"), ("unrecognized arguments",)),
+        (("--controller", "jel", "--policy", "/nowhere/policy"), ("policy", "does not exist")),
+        (("--controller", "no.such.module:Thing"), ("no.such.module",)),
+        (("--controller", "json:JSONDecoder"), ("decide",)),
+        (("--data", "/nowhere"), ("/nowhere",)),
+        (("--tokenizer", "absent"), ("tokenizer", "tok_train")),
+        (("--window-pattern", "SXL"), ("SXL",)),
+        (("--model-tag", "../../escape"), ("escape",)),
+        (("--hparams", "uniform", "--base-lr", "1e30", "--max-recoveries", "0"), ("diverged", "--max-recoveries is 0")),
+    ],
+)
 def test_bad_input_is_one_clear_line(train, flags, words):
     result = train("bad", *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -144,9 +159,22 @@ def test_ranks_observe_in_one_order(train):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    flags = ("--controller", "tests.test_base_train:Doubler", "--num-iterations", "3", "--decision-interval", "1",
-             "--device-batch-size", "1", "--save-every", "0")
+    flags = (
+        "--controller",
+        "tests.test_base_train:Doubler",
+        "--num-iterations",
+        "3",
+        "--decision-interval",
+        "1",
+        "--device-batch-size",
+        "1",
+        "--save-every",
+        "0",
+    )
     with ThreadPoolExecutor(2) as pool:
-        ranks = [pool.submit(train, "observers", *flags, RANK=str(rank), PYTHONHASHSEED=str(rank), **address) for rank in range(2)]
+        ranks = [
+            pool.submit(train, "observers", *flags, RANK=str(rank), PYTHONHASHSEED=str(rank), **address)
+            for rank in range(2)
+        ]
         for rank in ranks:
             assert rank.result().returncode == 0, rank.result().stderr

@@ -11,9 +11,10 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from scripts import bench, bench_growth
-from scripts.bench_twins import StraightOptimizer, straight_loss
-from scripts.bench_worker import Worker, ask, in_turn, run
+from scripts.bench import __main__ as bench
+from scripts.bench import growth as bench_growth
+from scripts.bench.twins import StraightOptimizer, straight_loss
+from scripts.bench.worker import Worker, ask, in_turn, run
 
 SMALL = GPTConfig(sequence_len=16, vocab_size=50, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL")
 
@@ -31,6 +32,7 @@ def small_model(config: GPTConfig = SMALL) -> GPT:
 
 # -----------------------------------------------------------------------------
 # the straightforward form
+
 
 def test_the_straightforward_loss_is_ours():
     model = small_model()
@@ -62,13 +64,16 @@ def test_the_straightforward_optimizer_takes_our_steps():
 # -----------------------------------------------------------------------------
 # numbers
 
+
 def test_a_ratio_is_the_median_over_rounds_and_a_rate_the_median_of_times():
     ours, other = iter([9.0, 1.0, 2.0, 4.0]), iter([9.0, 4.0, 4.0, 4.0])  # the first round warms up
     row = bench.compared("a", "things/s", 8, lambda: next(ours), "b", lambda: next(other), 0.0)
     assert (row.ours, row.other, row.ratio, row.rounds) == (4.0, 2.0, 2.0, 3)
     assert row.quartiles[0] < 2.0 < row.quartiles[1]
     printed = bench.line(replace(row, target=">= 1.3x", note="so it is"))
-    assert "4 things/s" in printed and "2x" in printed and "3 rounds" in printed and "target >= 1.3x; so it is" in printed
+    assert (
+        "4 things/s" in printed and "2x" in printed and "3 rounds" in printed and "target >= 1.3x; so it is" in printed
+    )
 
 
 def test_sides_are_timed_in_turn():
@@ -92,8 +97,14 @@ def test_utilisation_goes_by_the_first_name_that_is_known():
 
 
 def test_the_growth_figure_has_a_panel_for_each_axis():
-    curves = {axis: bench_growth.curve(axis, {1: 2.0, 2: 3.0, 4: 7.0}, "ms a step") for axis in ("depth", "batch", "memory")}
-    shown = [axes.get_title(loc="left").partition(":")[0] for axes in bench_growth.growth_figure(curves, "a step").axes if axes.axison]
+    curves = {
+        axis: bench_growth.curve(axis, {1: 2.0, 2: 3.0, 4: 7.0}, "ms a step") for axis in ("depth", "batch", "memory")
+    }
+    shown = [
+        axes.get_title(loc="left").partition(":")[0]
+        for axes in bench_growth.growth_figure(curves, "a step").axes
+        if axes.axison
+    ]
     assert shown == ["depth", "batch", "memory"]
 
 
@@ -113,6 +124,7 @@ def test_the_points_of_an_axis_differ_in_that_alone(axis):
 # -----------------------------------------------------------------------------
 # workers
 
+
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
     with Worker("cpu", NANOCHAT_BASE_DIR=str(tmp_path_factory.mktemp("bench")), OMP_NUM_THREADS="1") as worker:
@@ -122,7 +134,9 @@ def worker(tmp_path_factory):
 SPEC = {"model": {**vars(SMALL), "n_kv_head": 2}, "rows": 2}
 
 
-@pytest.mark.parametrize("spec", [{"form": "ours"}, {"form": "straight"}, {"form": "ours", "runs": 3}, {"form": "ours", "accumulation": 2}])
+@pytest.mark.parametrize(
+    "spec", [{"form": "ours"}, {"form": "straight"}, {"form": "ours", "runs": 3}, {"form": "ours", "accumulation": 2}]
+)
 def test_a_worker_times_steps(worker, spec):
     assert run(worker, {"case": "step", "turns": 2, "threads": 1, **SPEC, **spec}) > 0
 
@@ -132,8 +146,15 @@ def test_a_worker_measures_data_episodes_and_the_controller(worker):
     assert found["cache_mb_per_s"] > 0 and all(rate > 0 for rate in found["loader"].values())
     rows = bench.data_rows({**found, "loader": {128: 300.0}}, fastest=10.0)
     assert rows[1].ratio == 30.0
-    episodes = {"case": "episodes", "episodes": 2, "rows": 2, "model": {**SPEC["model"], "vocab_size": 300, "sequence_len": 16}}
-    assert all(run(worker, {**episodes, "together": n, "workers": workers}) > 0 for n, workers in ((1, 1), (2, 1), (2, 2)))
+    episodes = {
+        "case": "episodes",
+        "episodes": 2,
+        "rows": 2,
+        "model": {**SPEC["model"], "vocab_size": 300, "sequence_len": 16},
+    }
+    assert all(
+        run(worker, {**episodes, "together": n, "workers": workers}) > 0 for n, workers in ((1, 1), (2, 1), (2, 2))
+    )
     milliseconds, percent = bench.controller_rows({"model": SPEC["model"]}, 50, worker, step_seconds=0.1)
     assert 0 < milliseconds.ours < 50 and percent.ours == pytest.approx(milliseconds.ours / 1e3 / (50 * 0.1) * 100)
 

@@ -20,18 +20,38 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nanochat.checkpoint import (MANIFEST, STATE, TENSORS, CheckpointWriter, _entry, check_tensors, load_checkpoint,
-                                 load_model_weights, rng_state, save_checkpoint, set_rng_state)
+from nanochat.checkpoint import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    CheckpointWriter,
+    _entry,
+    check_tensors,
+    load_checkpoint,
+    load_model_weights,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from nanochat.common import UserError
 
 CPU, INF, NAN = torch.device("cpu"), math.inf, math.nan
-DTYPES = [getattr(torch, name) for name in "float32 bfloat16 float16 float64 float8_e4m3fn "
-                                           "int64 int32 int16 int8 uint8 bool".split()]
+DTYPES = [
+    getattr(torch, name)
+    for name in "float32 bfloat16 float16 float64 float8_e4m3fn int64 int32 int16 int8 uint8 bool".split()
+]
 KEYS, SHAPES = st.text(max_size=4), st.lists(st.integers(0, 3), max_size=3)
-LEAVES = (st.none() | st.booleans() | st.integers() | st.floats() | KEYS
-          | st.builds(lambda shape, dtype: torch.randn(shape).to(dtype), SHAPES, st.sampled_from(DTYPES)))
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | KEYS
+    | st.builds(lambda shape, dtype: torch.randn(shape).to(dtype), SHAPES, st.sampled_from(DTYPES))
+)
 TREES = st.recursive(LEAVES, lambda tree: st.lists(tree, max_size=3) | st.dictionaries(KEYS, tree, max_size=4))
 F4 = b'{"/a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
 
@@ -71,12 +91,28 @@ def damage(file: Path, start: int, stop: int, junk: bytes = b"") -> None:
 
 def test_round_trip_is_bit_exact(tmp_path):
     base = torch.randn(6, 4)
-    state = {"z": {str(d): torch.arange(6).reshape(2, 3).to(d) for d in DTYPES},
-             "a": {"0-D": torch.tensor(2.5), "empty": torch.empty(0, 3), "odd": torch.tensor([NAN, -0.0, INF]),
-                   "weight": base, "tied": base, "view": base[1:3], "transposed": base.T, "strided": base[::2, ::2],
-                   "expanded": base[:1].expand(5, 4), "parameter": torch.nn.Parameter(base.clone())},
-             "a/0-D": base + 1, "~1": {"": base + 2}, "/": {"": base + 3}, "ü\n\"": base + 4, "__metadata__": base,
-             "json": [1, -2**70, 0.1, -0.0, NAN, INF, -INF, True, None, "s\u2028", [], {}, [{"t": base}]], "empty": {}}
+    state = {
+        "z": {str(d): torch.arange(6).reshape(2, 3).to(d) for d in DTYPES},
+        "a": {
+            "0-D": torch.tensor(2.5),
+            "empty": torch.empty(0, 3),
+            "odd": torch.tensor([NAN, -0.0, INF]),
+            "weight": base,
+            "tied": base,
+            "view": base[1:3],
+            "transposed": base.T,
+            "strided": base[::2, ::2],
+            "expanded": base[:1].expand(5, 4),
+            "parameter": torch.nn.Parameter(base.clone()),
+        },
+        "a/0-D": base + 1,
+        "~1": {"": base + 2},
+        "/": {"": base + 3},
+        'ü\n"': base + 4,
+        "__metadata__": base,
+        "json": [1, -(2**70), 0.1, -0.0, NAN, INF, -INF, True, None, "s\u2028", [], {}, [{"t": base}]],
+        "empty": {},
+    }
     save_checkpoint(tmp_path, 120, state)
     loaded = load_checkpoint(tmp_path, step=120)[1]
     assert same(loaded, state)
@@ -102,8 +138,10 @@ def test_rng_goes_on_identically_in_a_fresh_process(tmp_path):
     draw = "[random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(3).tolist()]"
     eval(draw)  # one normal each: python and numpy now have its twin in their pocket
     save_checkpoint(tmp_path, 1, {"rng": rng_state(CPU)})
-    script = ("import random, torch, numpy as np; from nanochat.checkpoint import *; set_rng_state(load_checkpoint("
-              f"{str(tmp_path)!r})[1]['rng'], torch.device('cpu')); print([{draw} for _ in range(3)])")
+    script = (
+        "import random, torch, numpy as np; from nanochat.checkpoint import *; set_rng_state(load_checkpoint("
+        f"{str(tmp_path)!r})[1]['rng'], torch.device('cpu')); print([{draw} for _ in range(3)])"
+    )
     out = subprocess.run([sys.executable, "-c", script], check=True, text=True, capture_output=True).stdout
     assert eval(out) == [eval(draw) for _ in range(3)]
 
@@ -118,8 +156,14 @@ def test_rng_of_cuda_is_kept_or_its_absence_told(monkeypatch, capsys):
 
 
 def test_malformed_rng_state_is_refused():
-    for key, bad in (("python", [3, [1, 2], None]), ("python", 3), ("numpy", ["MT19937", [0] * 624, 10**6, 0, 0.0]),
-                     ("numpy", {}), ("torch", torch.zeros(5056, dtype=torch.uint8)), ("torch", None)):
+    for key, bad in (
+        ("python", [3, [1, 2], None]),
+        ("python", 3),
+        ("numpy", ["MT19937", [0] * 624, 10**6, 0, 0.0]),
+        ("numpy", {}),
+        ("torch", torch.zeros(5056, dtype=torch.uint8)),
+        ("torch", None),
+    ):
         with pytest.raises(UserError, match="random state"):
             set_rng_state({**rng_state(CPU), key: bad}, CPU)
 
@@ -130,7 +174,7 @@ def test_damaged_checkpoint_is_skipped_in_one_line(tmp_path, capsys, name):
     file = folder / "step_00000020" / name
     good = file.read_bytes()
     cuts = [good[:size] for size in (0, 1, 7, 8, len(good) // 2, len(good) - 1)] + [good + b"x"]
-    flips = [good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1:] for i in range(len(good))]
+    flips = [good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1 :] for i in range(len(good))]
     for bad in cuts + flips:
         file.write_bytes(bad)
         assert same(list(load_checkpoint(folder)), [10, small_state(10)])
@@ -154,18 +198,39 @@ def test_no_checkpoint_and_explicit_steps(tmp_path, capsys):
     damage(folder / "step_00000020" / STATE, 3, 4)
     damage(folder / "step_00000030" / STATE, 3, 4)
     assert load_checkpoint(folder)[0] == 10 and capsys.readouterr().out.count("\n") == 1
-    for path, step, words in ((folder, 40, "no checkpoint of step 40"), (folder, 20, "step_00000020 cannot be used"),
-                              (folder / "step_00000010" / STATE, None, "cannot be used")):
+    for path, step, words in (
+        (folder, 40, "no checkpoint of step 40"),
+        (folder, 20, "step_00000020 cannot be used"),
+        (folder / "step_00000010" / STATE, None, "cannot be used"),
+    ):
         with pytest.raises(UserError, match=words):
             load_checkpoint(path, step)
 
 
-@pytest.mark.parametrize("forged", [
-    {"../x": b"x"}, {"run.pkl": b"x"}, {"files": {}}, {"files": [TENSORS, STATE]}, {"files": {TENSORS: 0, STATE: 3}},
-    {"step": 10**6}, {"format": 2}, {MANIFEST: b"[]"}, {MANIFEST: b"[" * 10**5}, {STATE: b"[" * 10**5}, {STATE: b"3"},
-    {STATE: b"[" * 900 + b"]" * 900}, {STATE: b"\xff"}, {STATE: b'{"a":' + b"9" * 10**5 + b"}"}, {STATE: b"{}"},
-    {STATE: b'{"model":{"w":1,"b":2}}'}, {TENSORS: b"\xff" * 64}, {TENSORS: len(F4).to_bytes(8, "little") + F4 + b"x"},
-], ids=lambda forged: str(forged)[:40])
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"../x": b"x"},
+        {"run.pkl": b"x"},
+        {"files": {}},
+        {"files": [TENSORS, STATE]},
+        {"files": {TENSORS: 0, STATE: 3}},
+        {"step": 10**6},
+        {"format": 2},
+        {MANIFEST: b"[]"},
+        {MANIFEST: b"[" * 10**5},
+        {STATE: b"[" * 10**5},
+        {STATE: b"3"},
+        {STATE: b"[" * 900 + b"]" * 900},
+        {STATE: b"\xff"},
+        {STATE: b'{"a":' + b"9" * 10**5 + b"}"},
+        {STATE: b"{}"},
+        {STATE: b'{"model":{"w":1,"b":2}}'},
+        {TENSORS: b"\xff" * 64},
+        {TENSORS: len(F4).to_bytes(8, "little") + F4 + b"x"},
+    ],
+    ids=lambda forged: str(forged)[:40],
+)
 def test_forged_checkpoint_gets_one_clear_line(tmp_path, forged):
     path = saved(tmp_path, 10) / "step_00000010"
     manifest = json.loads((path / MANIFEST).read_text())
@@ -181,8 +246,19 @@ def test_forged_checkpoint_gets_one_clear_line(tmp_path, forged):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from((1, 2)), st.sampled_from((TENSORS, STATE, MANIFEST)), st.binary(max_size=20),
-                          st.integers(0, 400), st.integers(0, 400)), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from((1, 2)),
+            st.sampled_from((TENSORS, STATE, MANIFEST)),
+            st.binary(max_size=20),
+            st.integers(0, 400),
+            st.integers(0, 400),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
 def test_random_corruption_is_skipped_or_refused(blows):
     with tempfile.TemporaryDirectory() as folder:
         folder = saved(Path(folder), 1, 2)
@@ -207,6 +283,7 @@ def test_save_stopped_at_any_moment_harms_nothing(tmp_path, monkeypatch, fault):
             if fault == "killed":
                 os._exit(1)
             raise OSError(errno.EIO, "broken")
+
     for moment in count():
         folder = saved(tmp_path / str(moment), 10, 20)
         child = os.fork()
@@ -242,8 +319,10 @@ def test_everything_is_durable_before_it_is_visible(tmp_path, monkeypatch):
 def test_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
     folder, big, usage = saved(tmp_path, 10), {"w": torch.zeros(1_000_000)}, shutil.disk_usage(tmp_path)
     full = safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
-    for owner, name, fake in ((safetensors.torch, "save_file", lambda *_: (_ for _ in ()).throw(full)),
-                              (shutil, "disk_usage", lambda _: usage._replace(free=2_500_000))):
+    for owner, name, fake in (
+        (safetensors.torch, "save_file", lambda *_: (_ for _ in ()).throw(full)),
+        (shutil, "disk_usage", lambda _: usage._replace(free=2_500_000)),
+    ):
         monkeypatch.setattr(owner, name, fake)
         with pytest.raises(UserError, match=r"5\.0 MB are needed .* the last saved checkpoint is 10") as caught:
             save_checkpoint(folder, 20, big)
@@ -293,7 +372,11 @@ def test_weights_come_from_a_checkpoint_a_folder_or_a_file(tmp_path):
     for path in ("w.safetensors", "ck/step_00000020", "other", "absent"):
         with pytest.raises(UserError, match=path):
             load_model_weights(tmp_path / path)
-    for found, words in (({"w": None}, "'w' is missing"), ({"w": torch.ones(3)}, r"'w' has shape \[3\], not"),
-                         ({"w": torch.full((3, 2), NAN)}, "'w' has values"), ({"x": CPU}, "'x' is not expected")):
+    for found, words in (
+        ({"w": None}, "'w' is missing"),
+        ({"w": torch.ones(3)}, r"'w' has shape \[3\], not"),
+        ({"w": torch.full((3, 2), NAN)}, "'w' has values"),
+        ({"x": CPU}, "'x' is not expected"),
+    ):
         with pytest.raises(UserError, match=f"best: tensor {words}"):
             check_tensors(weights, {**weights, **found}, "best")

@@ -18,9 +18,21 @@ import math
 import pytest
 import torch
 
-from jel import (OBSERVATIONS, Controller, GaussianPolicy, JelError, NullController, PolicyController,
-                 ScheduleController, apply_multipliers, export_schedule, load_controller, load_schedule, save_policy,
-                 save_schedule)
+from jel import (
+    OBSERVATIONS,
+    Controller,
+    GaussianPolicy,
+    JelError,
+    NullController,
+    PolicyController,
+    ScheduleController,
+    apply_multipliers,
+    export_schedule,
+    load_controller,
+    load_schedule,
+    save_policy,
+    save_schedule,
+)
 from jel.actions import validate_multipliers
 
 GROUPS = ("lm_head", "wte", "matrices")
@@ -29,8 +41,13 @@ DECISIONS = [t / 561 for t in range(0, 561, 50)]  # the paper's 12 decision poin
 
 def observation(controller, progress: float) -> dict[str, float]:
     """Plausible values of exactly what the controller says it observes."""
-    values = {"progress": progress, "step": round(progress * 561), "train_loss": 4.0 - progress,
-              "probe_loss": 4.1 - progress, "grad_norm": 0.5 + progress}
+    values = {
+        "progress": progress,
+        "step": round(progress * 561),
+        "train_loss": 4.0 - progress,
+        "probe_loss": 4.1 - progress,
+        "grad_norm": 0.5 + progress,
+    }
     return {name: values[name] for name in controller.observes}
 
 
@@ -167,6 +184,7 @@ class TestHandWritten(ControllerConformance):
 # -----------------------------------------------------------------------------
 # policy and schedule
 
+
 def test_policy_controller_keeps_a_history_and_refuses_another_policys_state():
     controller = PolicyController(lively_policy())
     decided = [controller.decide({"progress": p})["*"] for p in DECISIONS]
@@ -226,8 +244,16 @@ def test_schedule_refuses_bad_decision_points(points):
 def test_schedule_refuses_bad_files(tmp_path):
     good = export_schedule(lively_policy(), DECISIONS)
     entry = lambda multipliers: {**good, "decisions": [{"progress": 0.0, "multipliers": multipliers}]}
-    bad = [[], {**good, "version": 2}, {**good, "decisions": "none"}, {**good, "decisions": [1]},
-           entry(None), entry({"*": {"lr": 0.0}}), entry({"*": {"lr": float("nan")}}), entry({"*": 2.0})]
+    bad = [
+        [],
+        {**good, "version": 2},
+        {**good, "decisions": "none"},
+        {**good, "decisions": [1]},
+        entry(None),
+        entry({"*": {"lr": 0.0}}),
+        entry({"*": {"lr": float("nan")}}),
+        entry({"*": 2.0}),
+    ]
     for i, value in enumerate(bad):
         path = tmp_path / f"{i}.json"
         path.write_text(json.dumps(value))
@@ -245,6 +271,7 @@ def test_schedule_refuses_bad_files(tmp_path):
 
 # -----------------------------------------------------------------------------
 # load_controller
+
 
 def test_named_controllers(tmp_path):
     save_policy(lively_policy(), tmp_path / "p", {})
@@ -267,17 +294,26 @@ def test_own_controllers_that_break_the_contract(tmp_path, monkeypatch):
         "class Word(Good):\n    observes = 'step'\n"
         "class Needy(Good):\n    def __init__(self, rate): pass\n"
         "class Bare(Good):\n    def __init__(self): pass\n"
-        "number = 3\n")
+        "number = 3\n"
+    )
     (tmp_path / "broken_controllers.py").write_text("raise RuntimeError('no\\n luck')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_controller("own_controllers:Good").policy == "p0"
     assert load_controller("own_controllers:Good", "here").policy == "here"
-    cases = {"own_controllers:NoDecide": "no method decide", "own_controllers:Unknown": "hessian",
-             "own_controllers:Word": "set of names", "own_controllers:Needy": "without arguments",
-             "own_controllers:Missing": "no class Missing", "own_controllers:number": "no class number",
-             "broken_controllers:X": "no luck", "no_such_module_here:X": "does not import",
-             "jell": "unknown controller", ":X": "unknown controller", "own_controllers:": "unknown controller",
-             "schedule": "needs the path"}
+    cases = {
+        "own_controllers:NoDecide": "no method decide",
+        "own_controllers:Unknown": "hessian",
+        "own_controllers:Word": "set of names",
+        "own_controllers:Needy": "without arguments",
+        "own_controllers:Missing": "no class Missing",
+        "own_controllers:number": "no class number",
+        "broken_controllers:X": "no luck",
+        "no_such_module_here:X": "does not import",
+        "jell": "unknown controller",
+        ":X": "unknown controller",
+        "own_controllers:": "unknown controller",
+        "schedule": "needs the path",
+    }
     for spec, message in cases.items():
         with pytest.raises(JelError, match=message) as e:
             load_controller(spec)

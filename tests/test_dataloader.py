@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataloader, tokens
+from nanochat import dataloader, token_cache
 from nanochat.common import UserError
 from nanochat.dataloader import DataLoader, Rows, fixed_batches, plan_rows
+from nanochat.token_cache import PROBE_EVERY, TokenCache
 from nanochat.tokenizer import Tokenizer
-from nanochat.tokens import PROBE_EVERY, TokenCache
 
 T = 24
 
@@ -30,7 +30,7 @@ def make_texts(n, seed):
     return [f"{seed}:{i} " + "".join(rng.choices("abcd ", k=rng.randint(0, 90))) for i in range(n)]
 
 
-TEXTS = [make_texts(200, 0), make_texts(70, 1), make_texts(90, 2)]    # two training shards and the validation shard
+TEXTS = [make_texts(200, 0), make_texts(70, 1), make_texts(90, 2)]  # two training shards and the validation shard
 
 
 def write_shards(folder, shards):
@@ -48,7 +48,7 @@ def tokenizer():
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", 10)    # less than a shard, so that it is refilled and drained
+    monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", 10)  # less than a shard, so that it is refilled and drained
     return write_shards(tmp_path / "data", TEXTS)
 
 
@@ -60,7 +60,7 @@ def cache(data, tokenizer):
 def documents(cache, split):
     """Per shard, the split's documents as lists of ids."""
     for shard in cache.shards(split):
-        yield [cache.tokens(shard)[start:start + n].tolist() for start, n in zip(*cache.documents(split, shard))]
+        yield [cache.tokens(shard)[start : start + n].tolist() for start, n in zip(*cache.documents(split, shard))]
 
 
 def pack_slow(documents, capacity, buffer_size):
@@ -71,7 +71,7 @@ def pack_slow(documents, capacity, buffer_size):
             buffer.append(waiting.pop(0))
         space = capacity - len(row)
         fitting = [document for document in buffer if len(document) <= space]
-        chosen = max(fitting, key=len) if fitting else min(buffer, key=len)    # both take the first of equals
+        chosen = max(fitting, key=len) if fitting else min(buffer, key=len)  # both take the first of equals
         buffer.pop(next(i for i, document in enumerate(buffer) if document is chosen))
         row = row + chosen[:space]
         if len(row) == capacity:
@@ -82,6 +82,7 @@ def pack_slow(documents, capacity, buffer_size):
 
 # -----------------------------------------------------------------------------
 # the cache
+
 
 def test_cache_holds_every_document_after_bos(cache, tokenizer):
     stored = [[[tokenizer.bos, *tokenizer.encode(text)] for text in shard] for shard in TEXTS]
@@ -97,37 +98,41 @@ def test_complete_cache_is_reused_and_other_text_or_tokenizer_is_another(cache, 
     other = TokenCache.build(data, Tokenizer.train(sum(TEXTS, []), 280))
     assert other.folder != cache.folder
     with monkeypatch.context() as m:
-        m.setattr(tokens, "iter_texts", None)    # not to be called
+        m.setattr(token_cache, "iter_texts", None)  # not to be called
         assert TokenCache.build(data, tokenizer).folder == cache.folder
     os.utime(data / "shard_00001.parquet", ns=(1, 1))
     assert TokenCache.build(data, tokenizer).folder != cache.folder
 
 
 def test_interrupted_build_goes_on_with_the_missing_shards(data, tokenizer, monkeypatch):
-    real, read = tokens.iter_texts, []
+    real, read = token_cache.iter_texts, []
 
     def dies_in_the_second_shard(path):
         read.append(path.name)
         yield from real(path)
         if len(read) == 2:
             raise KeyboardInterrupt
-    monkeypatch.setattr(tokens, "iter_texts", dies_in_the_second_shard)
+
+    monkeypatch.setattr(token_cache, "iter_texts", dies_in_the_second_shard)
     with pytest.raises(KeyboardInterrupt):
         TokenCache.build(data, tokenizer)
     TokenCache.build(data, tokenizer)
     assert read == [f"shard_{i:05d}.parquet" for i in (0, 1, 1, 2)]
 
 
-@pytest.mark.parametrize("suffix, damage", [
-    ("tokens", lambda path: path.write_bytes(path.read_bytes()[:-2])),
-    ("tokens", lambda path: path.unlink()),
-    ("offsets.npy", lambda path: path.write_bytes(path.read_bytes()[:200])),
-    ("offsets.npy", lambda path: path.write_bytes(b"")),
-    ("offsets.npy", lambda path: np.save(path, np.load(path)[::-1])),
-    ("offsets.npy", lambda path: np.save(path, np.load(path)[1:])),
-    ("offsets.npy", lambda path: np.save(path, np.load(path)[[0, 2, 1, *range(3, 71)]])),
-    ("offsets.npy", lambda path: np.save(path, np.load(path).astype(np.float64))),
-])
+@pytest.mark.parametrize(
+    "suffix, damage",
+    [
+        ("tokens", lambda path: path.write_bytes(path.read_bytes()[:-2])),
+        ("tokens", lambda path: path.unlink()),
+        ("offsets.npy", lambda path: path.write_bytes(path.read_bytes()[:200])),
+        ("offsets.npy", lambda path: path.write_bytes(b"")),
+        ("offsets.npy", lambda path: np.save(path, np.load(path)[::-1])),
+        ("offsets.npy", lambda path: np.save(path, np.load(path)[1:])),
+        ("offsets.npy", lambda path: np.save(path, np.load(path)[[0, 2, 1, *range(3, 71)]])),
+        ("offsets.npy", lambda path: np.save(path, np.load(path).astype(np.float64))),
+    ],
+)
 def test_damaged_shard_is_named_and_built_again(cache, data, tokenizer, capsys, suffix, damage):
     before = {path.name: path.read_bytes() for path in cache.folder.glob("shard_*")}
     damage(cache.folder / f"shard_00001.{suffix}")
@@ -139,8 +144,12 @@ def test_damaged_shard_is_named_and_built_again(cache, data, tokenizer, capsys, 
 
 
 def test_large_vocabulary_takes_four_bytes_a_token(data):
-    big = SimpleNamespace(vocab_size=70_000, bos=69_991, fingerprint="big",
-                          encode_batch=lambda texts, threads: [np.array([65_999], np.uint32) for _ in texts])
+    big = SimpleNamespace(
+        vocab_size=70_000,
+        bos=69_991,
+        fingerprint="big",
+        encode_batch=lambda texts, threads: [np.array([65_999], np.uint32) for _ in texts],
+    )
     assert next(documents(TokenCache.build(data, big), "val"))[0] == [69_991, 65_999]
 
 
@@ -157,7 +166,7 @@ def test_several_ranks_build_once(data, tmp_path, tokenizer):
         from pathlib import Path
         from nanochat.common import init_compute
         from nanochat.tokenizer import Tokenizer
-        from nanochat.tokens import TokenCache
+        from nanochat.token_cache import TokenCache
         compute, path = init_compute("cpu"), Path({str(tmp_path)!r})
         if compute.rank == 1:
             TokenCache._fill = None    # only rank 0 may
@@ -166,8 +175,13 @@ def test_several_ranks_build_once(data, tmp_path, tokenizer):
         dist.destroy_process_group()"""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                   "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [subprocess.Popen([sys.executable, "-c", code], env={**environment, "RANK": str(r)}) for r in range(2)]
     assert [rank.wait(60) for rank in ranks] == [0, 0]
 
@@ -175,10 +189,11 @@ def test_several_ranks_build_once(data, tmp_path, tokenizer):
 # -----------------------------------------------------------------------------
 # packing
 
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 12), max_size=60), st.integers(1, 15), st.integers(1, 8))
 def test_packer_equals_its_slow_twin(lengths, capacity, buffer_size):
-    documents = [[(i, j) for j in range(n)] for i, n in enumerate(lengths)]    # every token tells where it comes from
+    documents = [[(i, j) for j in range(n)] for i, n in enumerate(lengths)]  # every token tells where it comes from
     with pytest.MonkeyPatch.context() as m:
         m.setattr(dataloader, "BUFFER_DOCUMENTS", buffer_size)
         plan = plan_rows(np.array(lengths, dtype=np.int64), capacity)
@@ -192,9 +207,9 @@ def test_rows_are_those_of_the_slow_twin_from_any_start(cache, split, tokenizer)
     expected = sum([pack_slow(shard, T + 1, 10) for shard in documents(cache, split)], [])
     rows = Rows(cache, split, T)
     first = len(expected) // 2
-    assert rows.fetch(first, len(expected)).tolist() == expected[first:] + expected[:first]    # across shards, wrapped
+    assert rows.fetch(first, len(expected)).tolist() == expected[first:] + expected[:first]  # across shards, wrapped
     assert rows.n_rows == len(expected)
-    for n, again in ((1, Rows(cache, split, T)), (3 * len(expected), rows)):    # plans read back; three epochs at once
+    for n, again in ((1, Rows(cache, split, T)), (3 * len(expected), rows)):  # plans read back; three epochs at once
         assert again.fetch(len(expected) - 1, n).tolist() == (expected[-1:] + expected * 3)[:n]
     assert all(row[0] == tokenizer.bos for row in expected)
 
@@ -204,18 +219,22 @@ def test_probe_documents_never_reach_train(cache, tokenizer):
         rows = Rows(cache, split, T)
         text = tokenizer.decode(rows.fetch(0, rows.n_rows).flatten().tolist())
         return {piece.split(" ")[0] for piece in text.split("<|bos|>")[1:] if " " in piece}
+
     probes = {f"{shard}:{i}" for shard in (0, 1) for i in range(0, len(TEXTS[shard]), PROBE_EVERY)}
     assert seen("probe") and seen("probe") <= probes
     train = seen("train")
     assert len(train) > 100 and not train & probes and not any(name.startswith("2:") for name in train)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:-300]),
-    lambda path: np.savez(path, documents=np.zeros(3)),
-    lambda path: np.savez(path, **{**np.load(path), "lengths": np.load(path)["lengths"][::-1]}),
-    lambda path: np.savez(path, **{**np.load(path), "documents": np.load(path)["documents"][::-1]}),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-300]),
+        lambda path: np.savez(path, documents=np.zeros(3)),
+        lambda path: np.savez(path, **{**np.load(path), "lengths": np.load(path)["lengths"][::-1]}),
+        lambda path: np.savez(path, **{**np.load(path), "documents": np.load(path)["documents"][::-1]}),
+    ],
+)
 def test_damaged_plan_is_made_again(cache, capsys, damage):
     expected = Rows(cache, "train", T).fetch(0, 30)
     damage(cache.folder / f"plan_train_{T}_00000.npz")
@@ -231,6 +250,7 @@ def test_split_without_a_single_row_is_refused(cache):
 # -----------------------------------------------------------------------------
 # the loader
 
+
 def loader(cache, batch_size=4, **kwargs):
     return DataLoader(cache, "train", batch_size, T, torch.device("cpu"), **kwargs)
 
@@ -244,9 +264,11 @@ def step_rows(loaders, step):
 @pytest.mark.parametrize("batch_size, world_size", [(12, 1), (4, 1), (6, 2), (2, 3), (1, 4)])
 def test_a_steps_rows_do_not_depend_on_ranks_or_batch_size(cache, batch_size, world_size):
     rows = Rows(cache, "train", T)
-    loaders = [loader(cache, batch_size, rank=r, world_size=world_size, start_row=5, rows_per_step=12)
-               for r in range(world_size)]
-    for step in (0, 1, 2, 10, 3):    # in order, then a jump ahead and one back, as a resumed run would
+    loaders = [
+        loader(cache, batch_size, rank=r, world_size=world_size, start_row=5, rows_per_step=12)
+        for r in range(world_size)
+    ]
+    for step in (0, 1, 2, 10, 3):  # in order, then a jump ahead and one back, as a resumed run would
         assert (step_rows(loaders, step).numpy() == rows.fetch(5 + 12 * step, 12)).all()
     for each in loaders:
         each.close()
@@ -267,11 +289,11 @@ def test_thread_prefetches_ends_on_close_and_passes_on_its_errors(cache, monkeyp
     real = Rows.fetch
     monkeypatch.setattr(Rows, "fetch", lambda self, first, count: asked.append(first) or real(self, first, count))
     first = one.get(0)
-    one._thread.join(0.5)    # it never ends by itself: this only gives it time
+    one._thread.join(0.5)  # it never ends by itself: this only gives it time
     assert asked[:2] == [0, 4] and len(asked) >= dataloader.PREFETCH_BATCHES
     thread = one._thread
     one.get(1)
-    assert one._thread is thread    # in order, nothing is restarted
+    assert one._thread is thread  # in order, nothing is restarted
     one.close()
     one.close()
     assert not thread.is_alive() and thread not in threading.enumerate()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat import dataset
 from nanochat.common import UserError
@@ -54,6 +55,7 @@ def texts_folder(tmp_path):
 # -----------------------------------------------------------------------------
 # the embedded corpus
 
+
 def test_embedded_is_the_same_bytes_twice(embedded, tmp_path):
     again = tmp_path / "elsewhere" / "again"
     dataset.build_embedded(again)
@@ -82,13 +84,23 @@ def test_embedded_is_shuffled_and_holds_out_whole_files(embedded):
     files = [set(split_source(text)) for text in library.values()]
     assert all(pieces <= train or pieces <= val for pieces in files)
     longest = max((pieces for pieces in files if pieces <= train), key=len)
-    assert all(longest & set(documents([path])) for path in shards)   # every shard has some of its parts
+    assert all(longest & set(documents([path])) for path in shards)  # every shard has some of its parts
 
 
 def test_library_files_worth_reading(tmp_path):
     long = "# words\n" * 100
-    for name in ["good.py", "package/good.py", "test/t.py", "package/tests/t.py", "site-packages/x.py",
-                 "encodings/cp1.py", "_sysconfigdata__linux.py", "html/entities.py", "idlelib/idle.py", "notes.txt"]:
+    for name in [
+        "good.py",
+        "package/good.py",
+        "test/t.py",
+        "package/tests/t.py",
+        "site-packages/x.py",
+        "encodings/cp1.py",
+        "_sysconfigdata__linux.py",
+        "html/entities.py",
+        "idlelib/idle.py",
+        "notes.txt",
+    ]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(long)
     (tmp_path / "short.py").write_text("x = 1\n")
@@ -104,8 +116,15 @@ def test_embedded_needs_a_library(tmp_path, monkeypatch, base):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["def f():\n", "    x = 1\n", "\n", "\n\n", "@d\n", "    def m(self):\n"]),
-                          st.integers(1, 40)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["def f():\n", "    x = 1\n", "\n", "\n\n", "@d\n", "    def m(self):\n"]),
+            st.integers(1, 40),
+        ),
+        max_size=60,
+    )
+)
 def test_split_source_keeps_every_character(lines):
     text = "".join(line * n for line, n in lines)
     pieces = split_source(text, shortest=64, longest=200)
@@ -132,6 +151,7 @@ def test_resolve_builds_the_embedded_corpus_once(embedded, base, capsys, monkeyp
 
 # -----------------------------------------------------------------------------
 # shards
+
 
 def test_resolve_uses_shards_in_place(tmp_path, base, capsys):
     folder = tmp_path / "mine"
@@ -173,7 +193,7 @@ def test_record_does_not_trust_a_stale_manifest(embedded, tmp_path):
 
 
 NO_TEXTS = pa.array([], pa.string())
-BAD_SHARDS = {   # what to do to a folder with the shards a and b, and what is said about it
+BAD_SHARDS = {  # what to do to a folder with the shards a and b, and what is said about it
     "one shard": (lambda a, b: b.unlink(), "a.parquet is the only shard.*add a second"),
     "no parquet": (lambda a, b: (a.unlink(), b.unlink()), "no .parquet shards"),
     "no column": (lambda a, b: shard(b, column="content"), "b.parquet has no column 'text', only content"),
@@ -199,8 +219,13 @@ def test_bad_shards(tmp_path, kind):
 
 
 def test_corrupt_pages_are_found(tmp_path):
-    path = shard(tmp_path / "a.parquet", [f"{i} words of text" * 20 for i in range(100)], compression="none",
-                 use_dictionary=False, write_page_checksum=True)
+    path = shard(
+        tmp_path / "a.parquet",
+        [f"{i} words of text" * 20 for i in range(100)],
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
@@ -210,6 +235,7 @@ def test_corrupt_pages_are_found(tmp_path):
 
 # -----------------------------------------------------------------------------
 # folders of text
+
 
 def test_texts_become_shards_once(texts_folder, base, capsys):
     jsonl(texts_folder / "a.jsonl", [f"line {i}" for i in range(40)] + [" \n", ""])
@@ -233,7 +259,7 @@ def test_many_shards_one_full_validation_shard(texts_folder, monkeypatch):
     jsonl(texts_folder / "a.jsonl", texts)
     train, val = split_shards(resolve_data(str(texts_folder)))
     assert sorted(documents([*train, val])) == texts and len(train) == 49
-    assert len(documents([val])) == 10   # of the 32 that a sixteenth would be
+    assert len(documents([val])) == 10  # of the 32 that a sixteenth would be
     assert documents(train[:1]) != sorted(documents(train[:1]))
 
 
@@ -256,8 +282,21 @@ def test_a_faster_process_wins(tmp_path):
     assert [p.name for p in (tmp_path / "data").rglob("*")] == ["new", "theirs.parquet"]
 
 
-@pytest.mark.parametrize("line", ['{"content": "x"}', "[1]", "7", '{"text": 7}', '{"text": null}', "{", "\\ud800",
-                                  '{"text": "\\ud800"}', b"\xff\xfe{}"], ids=str)
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"content": "x"}',
+        "[1]",
+        "7",
+        '{"text": 7}',
+        '{"text": null}',
+        "{",
+        "\\ud800",
+        '{"text": "\\ud800"}',
+        b"\xff\xfe{}",
+    ],
+    ids=str,
+)
 def test_bad_jsonl_lines_are_named(texts_folder, base, line):
     raw = line if isinstance(line, bytes) else line.encode()
     (texts_folder / "a.jsonl").write_bytes(b'{"text": "good"}\n\n' + raw + b"\n")
@@ -282,6 +321,10 @@ def test_other_bad_texts(texts_folder, tmp_path):
 
 
 def test_command_line_ends_in_one_line(base, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "nanochat.dataset", "--from", str(tmp_path / "none")],
-                          cwd=Path(dataset.__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "nanochat.dataset", "--from", str(tmp_path / "none")],
+        cwd=Path(dataset.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

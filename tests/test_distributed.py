@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.interrupt import StopRequest
 from nanochat.loss_eval import bits_per_byte
+from nanochat.preemption import StopRequest
 from nanochat.schedule_free import ScheduleFreeMuon
 
 T, V, CPU = 8, 70, torch.device("cpu")
@@ -66,6 +66,7 @@ def assert_equal(found, wanted):
 # -----------------------------------------------------------------------------
 # what both ranks check
 
+
 def check_training(rank: int, kind: str, n_layer: int) -> None:
     """Half the batch on each rank is the whole batch on one; either state continues at either world size."""
     whole, half = slice(None), slice(2 * rank, 2 * rank + 2)
@@ -73,8 +74,10 @@ def check_training(rank: int, kind: str, n_layer: int) -> None:
     train(*alone, range(3), whole)
     train(*paired, range(3), half)
     assert_equal(paired[0].state_dict(), alone[0].state_dict())
-    states = [{"model": {k: t.clone() for k, t in m.state_dict().items()}, "optimizer": o.state_dict()}
-              for m, o in (alone, paired)]
+    states = [
+        {"model": {k: t.clone() for k, t in m.state_dict().items()}, "optimizer": o.state_dict()}
+        for m, o in (alone, paired)
+    ]
     assert_equal(*states)
 
     from_pair, from_alone = make(kind, n_layer, 0, 1), make(kind, n_layer, rank, 2)
@@ -105,14 +108,15 @@ def check_stop(rank: int) -> None:
 
 def two_ranks(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=60))
-    check_training(rank, "muon-adamw", n_layer=3)     # stacks of 2, 3 and 6
-    check_training(rank, "muon-adamw", n_layer=2)     # one gate only: the second rank owns nothing but padding
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
+    check_training(rank, "muon-adamw", n_layer=3)  # stacks of 2, 3 and 6
+    check_training(rank, "muon-adamw", n_layer=2)  # one gate only: the second rank owns nothing but padding
     check_training(rank, "schedule-free", n_layer=3)
     check_evaluation(rank)
     check_stop(rank)
-    dist.barrier()    # gloo aborts in a rank that tears down after the other has gone
+    dist.barrier()  # gloo aborts in a rank that tears down after the other has gone
     dist.destroy_process_group()
 
 
@@ -122,6 +126,7 @@ def test_two_ranks_are_one(tmp_path):
 
 # -----------------------------------------------------------------------------
 # their one-rank meaning
+
 
 def slow_bits_per_byte(model, batches, token_bytes):
     """Token by token: nats of every target that has bytes, over ln 2 times those bytes."""

@@ -41,21 +41,21 @@ class Handler(BaseHTTPRequestHandler):
             linked = {"X-Linked-Etag": f'"{digest}"'} if act == "redirect" else {}
             return self.answer(302, b"", Location=f"/cdn/{name}", **linked)
         etag = OTHER_HASH if self.path.startswith("/cdn/") else digest
-        start = int(wanted[len("bytes="):-1]) if wanted and act != "no range" else 0
+        start = int(wanted[len("bytes=") : -1]) if wanted and act != "no range" else 0
         if start >= len(body):
             return self.answer(416, b"", **{"Content-Range": f"bytes */{len(body)}"})
         if act == "corrupt":
             at = len(body) * 3 // 4
-            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1:]
-        if act == "half":    # and claims that this is all
-            return self.answer(200, body[:len(body) // 2])
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        if act == "half":  # and claims that this is all
+            return self.answer(200, body[: len(body) // 2])
         headers = {"ETag": f'"{etag}"'} if act != "no hash" else {}
         if act == "other range":
             start += 10
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         if act == "short range":
-            return self.answer(206, body[start:start + 10], **headers)
+            return self.answer(206, body[start : start + 10], **headers)
         cut = len(body) // 2 if act in ("drop", "hang") else len(body)
         self.answer(206 if start else 200, body[start:cut], length=len(body) - start, **headers)
         if act == "hang":
@@ -130,12 +130,26 @@ def test_downloads_once(server, waits, tmp_path):
     assert len(server.seen) == 2 and waits == []
 
 
-@pytest.mark.parametrize("plan, requests, continued", [
-    (["drop"], 2, True), (["drop", "drop", 500], 4, True), (["drop", "no range"], 2, True),
-    (["drop", "corrupt"], 3, False), (["drop", "short range"], 3, True), (["drop", "other range"], 3, False),
-    (["half"], 2, False), (["corrupt"], 2, False), (["no hash"], 1, False), ([429, 503, 408, 500], 5, False),
-    (["redirect"], 2, False), (["redirect", "drop", "redirect"], 4, True), (["bare redirect"], 2, False),
-    (["redirect", "corrupt", "redirect"], 4, False)], ids=str)
+@pytest.mark.parametrize(
+    "plan, requests, continued",
+    [
+        (["drop"], 2, True),
+        (["drop", "drop", 500], 4, True),
+        (["drop", "no range"], 2, True),
+        (["drop", "corrupt"], 3, False),
+        (["drop", "short range"], 3, True),
+        (["drop", "other range"], 3, False),
+        (["half"], 2, False),
+        (["corrupt"], 2, False),
+        (["no hash"], 1, False),
+        ([429, 503, 408, 500], 5, False),
+        (["redirect"], 2, False),
+        (["redirect", "drop", "redirect"], 4, True),
+        (["bare redirect"], 2, False),
+        (["redirect", "corrupt", "redirect"], 4, False),
+    ],
+    ids=str,
+)
 def test_survives(server, waits, tmp_path, plan, requests, continued):
     server.plan[A] = list(plan)
     get(server, tmp_path)
@@ -148,7 +162,7 @@ def test_dropped_download_continues(server, waits, tmp_path):
     server.plan[A] = ["drop"]
     get(server, tmp_path)
     (_, first), (_, second) = server.seen
-    assert first is None and int(second[len("bytes="):-1]) >= len(server.files[A]) // 2 - download.CHUNK
+    assert first is None and int(second[len("bytes=") : -1]) >= len(server.files[A]) // 2 - download.CHUNK
     assert len(waits) == 1
 
 
@@ -254,7 +268,7 @@ def test_command_line(server, waits, tmp_path, monkeypatch, capsys):
     last = dataset.SHARD_NAME.format(dataset.FINEWEB_LAST)
     with pytest.raises(UserError, match=last):
         prepare("-n", "1")
-    with pytest.raises(UserError, match="-n 8"):   # a training shard must not pass for the validation shard
+    with pytest.raises(UserError, match="-n 8"):  # a training shard must not pass for the validation shard
         dataset.resolve_data("fineweb-edu")
     server.files[last] = parquet_bytes(2)
     prepare("-n", "2", "-w", "2")

@@ -15,8 +15,11 @@ PROMPT = [3, 1, 4, 1, 5]
 def make(window_pattern: str = "SL") -> GPT:
     """Three layers, two query heads a kv head; windows of half the context, so that decoding leaves them."""
     g = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=T, vocab_size=V, n_layer=3, n_head=4, n_kv_head=2, n_embd=64,
-                          window_pattern=window_pattern)).double()
+    model = GPT(
+        GPTConfig(
+            sequence_len=T, vocab_size=V, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern=window_pattern
+        )
+    ).double()
     model.init_weights(g)
     with torch.no_grad():
         for p in model.parameters():
@@ -71,8 +74,9 @@ def test_the_window_matters_when_decoding():
     """The same weights with and without windows agree while all fits into one, and not after that."""
     models = make("SL"), make("L")
     tokens = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(1))
-    with_window, without = ([model(t, kv_cache=cache) for t in tokens.split(1, dim=1)]
-                            for model, cache in ((m, KVCache(3)) for m in models))
+    with_window, without = (
+        [model(t, kv_cache=cache) for t in tokens.split(1, dim=1)] for model, cache in ((m, KVCache(3)) for m in models)
+    )
     same = [torch.allclose(a, b, atol=1e-10) for a, b in zip(with_window, without)]
     assert same == [True] * (T // 2 + 1) + [False] * (T // 2 - 1)  # itself and the T / 2 before it
 
@@ -101,7 +105,7 @@ def test_stops_at_the_stop_token_and_leaves_it_out():
     model = make()
     free = generate(model, PROMPT, 19, temperature=2.0)
     stop = free[8]
-    assert generate(model, PROMPT, 19, temperature=2.0, stop=stop) == free[:free.index(stop)]
+    assert generate(model, PROMPT, 19, temperature=2.0, stop=stop) == free[: free.index(stop)]
 
 
 @pytest.mark.parametrize("asked, prompt, got", [(0, 5, 0), (7, 5, 7), (1000, 5, T - 5), (3, T - 1, 1), (3, T, 0)])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from jel.actions import apply_multipliers
 from jel.errors import JelError
@@ -24,25 +25,45 @@ from nanochat.checkpoint import load_checkpoint, save_checkpoint
 from nanochat.common import UserError, read_log, run_main
 from nanochat.dataset import iter_texts, split_shards
 from nanochat.tokenizer import Tokenizer
-from scripts import base_eval, base_train, meta_train, sweep, sweep_runs
+from scripts import base_eval, base_train, meta_train
+from scripts.sweep import __main__ as sweep
+from scripts.sweep import runs as sweep_runs
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just(10**400), st.just([]), st.just({}),
-                 st.lists(st.floats(), max_size=2), st.dictionaries(st.text(max_size=3), st.none(), max_size=2))
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.just(10**400),
+    st.just([]),
+    st.just({}),
+    st.lists(st.floats(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
+)
 BYTES = st.tuples(st.sampled_from(["flip", "cut", "insert", "all"]), st.floats(0, 1), st.binary(min_size=1, max_size=8))
-CHANGE = st.tuples(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.sampled_from(["set", "set", "drop", "add"]), JUNK)
+CHANGE = st.tuples(
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.sampled_from(["set", "set", "drop", "add"]), JUNK
+)
 
 
 def examples(number: int):
     """EXAMPLES=20 tries so many times as many, and others in every run."""
-    return settings(max_examples=number * int(os.environ.get("EXAMPLES", "1")), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return settings(
+        max_examples=number * int(os.environ.get("EXAMPLES", "1")),
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
 
 
 @contextlib.contextmanager
 def own_errors(seconds: int = 20):
     """What is done inside works, or ends in one of our own errors, of one line, within so many seconds."""
+
     def late(*_):
         raise AssertionError(f"no end after {seconds} s")
+
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
@@ -58,7 +79,7 @@ def mutated(data: bytes, change) -> bytes:
     how, where, junk = change
     at = int(where * (len(data) - 1))
     if how == "flip":
-        return data[:at] + junk + data[at + len(junk):]
+        return data[:at] + junk + data[at + len(junk) :]
     return {"cut": data[:at], "insert": data[:at] + junk + data[at:], "all": junk}[how]
 
 
@@ -89,6 +110,7 @@ def altered(whole, change):
 
 # -----------------------------------------------------------------------------
 # policies and schedules
+
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
@@ -129,11 +151,14 @@ def test_schedules(tmp_path, change, data, progress):
     (tmp_path / "s.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
     with own_errors():
         controller = ScheduleController(load_schedule(tmp_path / "s.json"))
-        apply_multipliers([{"name": "wte"}], [{"lr": 1.0, "weight_decay": 0.1}], controller.decide({"progress": progress}))
+        apply_multipliers(
+            [{"name": "wte"}], [{"lr": 1.0, "weight_decay": 0.1}], controller.decide({"progress": progress})
+        )
 
 
 # -----------------------------------------------------------------------------
 # text and tokens
+
 
 @examples(80)
 @given(change=BYTES)
@@ -154,11 +179,15 @@ def test_tokenizers(base, tmp_path, change, data):
     (tmp_path / "tokenizer.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
     with own_errors():
         tokenizer = Tokenizer.load(tmp_path)
-        assert tokenizer.decode(tokenizer.encode("def f(x): return 1234  # text\n\n")) == "def f(x): return 1234  # text\n\n"
+        assert (
+            tokenizer.decode(tokenizer.encode("def f(x): return 1234  # text\n\n"))
+            == "def f(x): return 1234  # text\n\n"
+        )
 
 
 # -----------------------------------------------------------------------------
 # runs
+
 
 @pytest.fixture(scope="module")
 def run(base, corpus):
@@ -172,6 +201,7 @@ def run(base, corpus):
             with own_errors(), pytest.raises(SystemExit) as end:
                 run_main(module.main, JelError)
             return end.value.code
+
         yield script
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -180,8 +210,22 @@ def run(base, corpus):
 @pytest.fixture(scope="module")
 def finished(base, corpus, run):
     """A run's folder, and the flags that made it."""
-    flags = ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--eval-every", "0", "--sample-tokens", "0",
-             "--save-every", "5", "--controller", "tests.test_fuzz:Counter"]
+    flags = [
+        "--preset",
+        "smoke",
+        "--data",
+        str(corpus),
+        "--device-type",
+        "cpu",
+        "--eval-every",
+        "0",
+        "--sample-tokens",
+        "0",
+        "--save-every",
+        "5",
+        "--controller",
+        "tests.test_fuzz:Counter",
+    ]
     assert run(base_train, *flags, "--model-tag", "fuzz/whole") in (0, None)
     return base / "runs" / "fuzz" / "whole", flags
 
@@ -202,7 +246,10 @@ class Counter:
 
 
 @examples(25)
-@given(change=CHANGE, tensor=st.sampled_from([None, None, torch.ones(3), torch.tensor(math.nan), torch.ones(2, 2, dtype=torch.int8)]))
+@given(
+    change=CHANGE,
+    tensor=st.sampled_from([None, None, torch.ones(3), torch.tensor(math.nan), torch.ones(2, 2, dtype=torch.int8)]),
+)
 def test_checkpoints_with_a_manifest_that_vouches_for_them(finished, run, capsys, change, tensor):
     folder, flags = finished
     torn = folder.parent / "torn"
@@ -244,7 +291,9 @@ def test_records_that_are_evaluated(finished, run, change, data):
     shutil.copy(folder / "model.safetensors", torn)
     text = json.dumps(altered(json.loads((folder / "config.json").read_text()), change))
     (torn / "config.json").write_bytes(mutated(text.encode(), data) if data else text.encode())
-    assert run(base_eval, "--model-tag", "fuzz/evaluated", "--eval-tokens", "64", "--max-tokens", "1", "--prompt", "") in (0, 2, None)
+    assert run(
+        base_eval, "--model-tag", "fuzz/evaluated", "--eval-tokens", "64", "--max-tokens", "1", "--prompt", ""
+    ) in (0, 2, None)
 
 
 @examples(60)
@@ -269,15 +318,23 @@ def flag_of(parser):
     """Any flag of the parser with any value: small numbers, numbers out of range, words."""
     values = {int: INTS, float: FLOATS}
     named = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "run", "preset")]
-    return st.sampled_from(named).flatmap(lambda action: st.tuples(
-        st.just(action.option_strings[0]), st.one_of(values.get(action.type, WORDS), *([st.sampled_from(list(action.choices))] if action.choices else []))))
+    return st.sampled_from(named).flatmap(
+        lambda action: st.tuples(
+            st.just(action.option_strings[0]),
+            st.one_of(
+                values.get(action.type, WORDS), *([st.sampled_from(list(action.choices))] if action.choices else [])
+            ),
+        )
+    )
 
 
 @pytest.mark.parametrize("module, stop", [(base_train, "Stopwatch"), (meta_train, "Stopwatch")])
 def test_flags(base, corpus, run, monkeypatch, capsys, module, stop):
     """Up to the loop, which is not begun."""
+
     def begin(*_, **__):
         raise UserError("the loop would begin here")
+
     monkeypatch.setattr(module, stop, begin)
 
     @examples(80)
@@ -286,4 +343,5 @@ def test_flags(base, corpus, run, monkeypatch, capsys, module, stop):
         known = ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--model-tag", "fuzz/flags"]
         assert run(module, *known, *(f"{name}={value}" for name, value in flags)) == 2
         assert "error: " in capsys.readouterr().err
+
     check()

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from nanochat import cross_entropy as head
+from nanochat import loss_head as head
 from nanochat.gpt import GPT, GPTConfig, window_sizes
 from scripts.base_train import flags
 
@@ -45,6 +45,7 @@ def close(a, b, tolerance=1e-9):
 # -----------------------------------------------------------------------------
 # the forward pass
 
+
 def slow_gpt(model, idx):
     """One sequence (T,) -> logits (T, V), head by head and position by position: DESIGN section 4."""
     c, w, T = model.config, model.state_dict(), len(idx)
@@ -54,7 +55,7 @@ def slow_gpt(model, idx):
         return u / u.square().mean(-1, keepdim=True).sqrt()
 
     def rotate(u, t):  # by minus theta, halves split
-        (a, b), cos, sin = (u[:D // 2], u[D // 2:]), model.cos[t, 0], model.sin[t, 0]
+        (a, b), cos, sin = (u[: D // 2], u[D // 2 :]), model.cos[t, 0], model.sin[t, 0]
         return rms(torch.cat([a * cos + b * sin, b * cos - a * sin]))
 
     x = x0 = rms(w["transformer.wte.weight"][idx])
@@ -72,15 +73,18 @@ def slow_gpt(model, idx):
                 v = v + gate[:, None] * w[f"value_embeds.{i}.weight"][idx][:, kv]
             for t in range(T):
                 seen = range(max(0, t - window), t + 1)
-                scores = torch.stack([rotate(q[t], t) @ rotate(k[s], s) for s in seen]) / D ** 0.5
-                y[t, mine] = scores.softmax(0) @ v[seen.start:seen.stop]
+                scores = torch.stack([rotate(q[t], t) @ rotate(k[s], s) for s in seen]) / D**0.5
+                y[t, mine] = scores.softmax(0) @ v[seen.start : seen.stop]
         x = x + y @ block["attn.c_proj.weight"].T
         x = x + (rms(x) @ block["mlp.c_fc.weight"].T).relu().square() @ block["mlp.c_proj.weight"].T
-    return 15 * torch.tanh(rms(x) @ w["lm_head.weight"][:c.vocab_size].T / 15)
+    return 15 * torch.tanh(rms(x) @ w["lm_head.weight"][: c.vocab_size].T / 15)
 
 
-@pytest.mark.parametrize("change", [{}, {"n_kv_head": 4, "n_layer": 2}, {"n_kv_head": 1, "window_pattern": "SL"}],
-                         ids=["grouped, windows", "a kv head each", "one kv head"])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"n_kv_head": 4, "n_layer": 2}, {"n_kv_head": 1, "window_pattern": "SL"}],
+    ids=["grouped, windows", "a kv head each", "one kv head"],
+)
 def test_forward_equals_its_slow_twin(change):
     model, (idx, _) = make(**change), batch(2, T)
     with torch.no_grad():
@@ -120,8 +124,11 @@ def test_padding_rows_play_no_part(chunked):
 def test_losses():
     model, (idx, targets) = make(), batch(2, T)
     logits, losses, mean = model(idx), model(idx, targets, loss_reduction="none"), model(idx, targets)
-    want = [-logits[b, t].log_softmax(-1)[targets[b, t]] if targets[b, t] >= 0 else 0 * logits.sum()
-            for b in range(2) for t in range(T)]
+    want = [
+        -logits[b, t].log_softmax(-1)[targets[b, t]] if targets[b, t] >= 0 else 0 * logits.sum()
+        for b in range(2)
+        for t in range(T)
+    ]
     assert losses.shape == (2 * T,) and mean.shape == ()
     close(losses, torch.stack(want))
     close(mean, sum(want) / (targets >= 0).sum())
@@ -131,13 +138,14 @@ def test_eight_micro_batches_are_one_batch():
     whole, parts, (idx, targets) = make(chunked=True), make(chunked=True), batch(8, T, ignored=0)
     whole(idx, targets).backward()
     for i in range(8):
-        (parts(idx[i:i + 1], targets[i:i + 1]) / 8).backward()
+        (parts(idx[i : i + 1], targets[i : i + 1]) / 8).backward()
     for p, q in zip(whole.parameters(), parts.parameters()):
         close(p.grad, q.grad, 1e-12)
 
 
 # -----------------------------------------------------------------------------
 # the chunked loss
+
 
 @pytest.mark.parametrize("chunk", [1, 60, 1 << 19], ids=["a row at a time", "ragged", "one chunk"])
 @pytest.mark.parametrize("runs", [1, 2])
@@ -170,6 +178,7 @@ def test_a_model_with_the_chunked_loss_equals_one_without(monkeypatch):
 
 # -----------------------------------------------------------------------------
 # batched runs
+
 
 def runs_and_singles(chunked=False):
     """R models and the batched one that holds the same weights, with an optimizer each and a rate per run."""
@@ -231,6 +240,7 @@ def test_a_run_that_breaks_leaves_the_others_untouched(chunked):
 # -----------------------------------------------------------------------------
 # facts
 
+
 def test_parameter_count_and_shape_from_depth():
     with torch.device("meta"):
         six, batched = (GPT(GPTConfig.from_depth(6, vocab_size=32768), runs) for runs in (None, 8))
@@ -243,8 +253,11 @@ def test_parameter_count_and_shape_from_depth():
 
 def test_flops_count_every_product_and_every_visible_key():
     model = make()
-    products = sum(p.numel() for name, p in model.named_parameters()
-                   if "wte" not in name and "value_embeds" not in name and "lambdas" not in name)
+    products = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "wte" not in name and "value_embeds" not in name and "lambdas" not in name
+    )
     assert model.flops_per_token() == 6 * products + 12 * 64 * (T // 2 + T // 2 + T)
 
 
@@ -269,7 +282,7 @@ def test_window_pattern_is_what_its_help_says():
 def test_initialisation():
     model = GPT(GPTConfig(sequence_len=8, vocab_size=512, n_layer=2, n_head=2, n_kv_head=1, n_embd=256))
     model.init_weights(torch.Generator().manual_seed(0))
-    width = 256 ** -0.5
+    width = 256**-0.5
     for name, p in model.state_dict().items():
         if "c_proj" in name or "ve_gate" in name:
             assert not p.any(), name

@@ -13,13 +13,20 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jel import IDENTITY, GaussianPolicy, JelError, apply_multipliers
 from jel.actions import multipliers, scales_from_actions
-from jel.grpo import (PolicyUpdate, Rollout, clipped_policy_loss, discounted_returns, group_advantages,
-                      standard_grpo_advantages)
-from jel.reward import bounded_rewards, rewards
+from jel.learn.grpo import (
+    PolicyUpdate,
+    Rollout,
+    clipped_policy_loss,
+    discounted_returns,
+    group_advantages,
+    standard_grpo_advantages,
+)
+from jel.learn.rewards import bounded_rewards, rewards
 
 E, K, A = 6, 12, 2
 NAN, INF = float("nan"), float("inf")
@@ -46,6 +53,7 @@ def random_alive(seed: int) -> torch.Tensor:
 
 # -----------------------------------------------------------------------------
 # actions
+
 
 @pytest.mark.parametrize("r", [100.0, 1.5])
 def test_scales_are_exp_of_log_range_tanh(r):
@@ -85,11 +93,20 @@ def test_batched_multipliers_are_products():
     torch.testing.assert_close(groups[0]["weight_decay"], torch.tensor([0.5, 6.0]))
 
 
-@pytest.mark.parametrize("bad, message", [
-    ({"lm_haed": {"lr": 1.0}}, "the groups are \\*, a, b"), ({"*": {"lr": NAN}}, "finite"),
-    ({"a": {"lr": INF}}, "finite"), ({"a": {"lr": 0.0}}, "above 0"),
-    ({"b": {"weight_decay": -1.0}}, "above 0"), ({"a": {"lr": "2"}}, "finite"),
-    ({"a": {"beta": 2.0}}, "sets only lr, weight_decay"), ({"a": 2.0}, "must map"), (None, "must map")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"lm_haed": {"lr": 1.0}}, "the groups are \\*, a, b"),
+        ({"*": {"lr": NAN}}, "finite"),
+        ({"a": {"lr": INF}}, "finite"),
+        ({"a": {"lr": 0.0}}, "above 0"),
+        ({"b": {"weight_decay": -1.0}}, "above 0"),
+        ({"a": {"lr": "2"}}, "finite"),
+        ({"a": {"beta": 2.0}}, "sets only lr, weight_decay"),
+        ({"a": 2.0}, "must map"),
+        (None, "must map"),
+    ],
+)
 def test_bad_multipliers_are_refused_before_anything_is_written(bad, message):
     groups = [{"name": "a", "lr": 7.0}, {"name": "b", "lr": 7.0}]
     with pytest.raises(JelError, match=message):
@@ -99,6 +116,7 @@ def test_bad_multipliers_are_refused_before_anything_is_written(bad, message):
 
 # -----------------------------------------------------------------------------
 # rewards
+
 
 def reference_rewards(losses, actions, norms, lambda_g, lambda_s):
     out = torch.zeros(actions.shape[:2], dtype=losses.dtype)
@@ -147,7 +165,7 @@ def test_a_blow_up_ends_the_episode_with_a_bounded_reward(blow_up, penalty):
     for e in (2, 3):
         last = int(alive[e].sum()) - 1
         assert got[e, last] == -(losses[e, 0] if penalty is None else penalty)
-        assert got[e, last] == got[e].min() and (got[e, last + 1:] == 0).all()
+        assert got[e, last] == got[e].min() and (got[e, last + 1 :] == 0).all()
         assert torch.equal(got[e, :last], calm[e, :last])
     assert (got[4] == 0).all()
     assert torch.equal(got[[0, 1, 5]], calm[[0, 1, 5]])
@@ -155,6 +173,7 @@ def test_a_blow_up_ends_the_episode_with_a_bounded_reward(blow_up, penalty):
 
 # -----------------------------------------------------------------------------
 # returns and advantages
+
 
 def test_returns_against_a_double_loop():
     for seed in range(5):
@@ -241,8 +260,10 @@ def test_dead_samples_do_not_reach_the_policy():
     alive = clean.alive.clone()
     alive[2, 5:], alive[3, :] = False, False
     poison = lambda x: torch.where(alive if x.ndim == 2 else alive[..., None], x, NAN)
-    rollouts = [Rollout(clean.states, clean.actions, clean.log_probs, clean.rewards, alive),
-                Rollout(clean.states, *map(poison, (clean.actions, clean.log_probs, clean.rewards)), alive)]
+    rollouts = [
+        Rollout(clean.states, clean.actions, clean.log_probs, clean.rewards, alive),
+        Rollout(clean.states, *map(poison, (clean.actions, clean.log_probs, clean.rewards)), alive),
+    ]
     stats = [PolicyUpdate(p, **SETTINGS).update(r) for p, r in zip(policies, rollouts)]
     assert stats[0] == stats[1] and all(math.isfinite(v) for v in stats[0].values())
     assert all(torch.equal(p, q) for p, q in zip(policies[0].parameters(), policies[1].parameters()))
@@ -290,7 +311,9 @@ def test_update_resumes_exactly():
 
 
 def test_importing_jel_brings_in_nothing_heavy_but_torch():
-    code = ("import sys, jel, jel.grpo, jel.reward; "
-            "print([m for m in ('nanochat', 'matplotlib', 'wandb', 'pandas', 'scipy') if m in sys.modules])")
+    code = (
+        "import sys, jel, jel.learn.grpo, jel.learn.rewards; "
+        "print([m for m in ('nanochat', 'matplotlib', 'wandb', 'pandas', 'scipy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

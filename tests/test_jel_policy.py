@@ -33,6 +33,7 @@ def lively_policy(**architecture) -> GaussianPolicy:
 # -----------------------------------------------------------------------------
 # network
 
+
 def test_a_fresh_policy_is_near_the_identity_and_as_wide_as_the_paper_says():
     policy, states = GaussianPolicy(), torch.linspace(0, 1, 21)[:, None]
     mean, log_std = policy(states)
@@ -43,10 +44,14 @@ def test_a_fresh_policy_is_near_the_identity_and_as_wide_as_the_paper_says():
     assert sum(p.numel() for p in policy.parameters()) == 2 * 64 + 65 * 64 + 65 * 4
 
 
-@pytest.mark.parametrize("bad", [
-    *({"action_range": r} for r in (1.0, 0.5, -100.0, 1e6 + 1, float("inf"), float("nan"), "100", None, True)),
-    *({"initial_log_std": s} for s in (-5.1, 2.1, float("nan"))),
-    *({name: n} for name in ("n_state", "hidden", "n_actions") for n in (0, -1, 4097, 64.0, "64", True))])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"action_range": r} for r in (1.0, 0.5, -100.0, 1e6 + 1, float("inf"), float("nan"), "100", None, True)),
+        *({"initial_log_std": s} for s in (-5.1, 2.1, float("nan"))),
+        *({name: n} for name in ("n_state", "hidden", "n_actions") for n in (0, -1, 4097, 64.0, "64", True)),
+    ],
+)
 def test_hyperparameters_that_make_no_sense_are_refused(bad):
     with pytest.raises(JelError, match=next(iter(bad))) as e:
         GaussianPolicy(**bad)
@@ -61,7 +66,7 @@ def test_hyperparameters_are_taken():
     for sign in (-1.0, 1.0):
         with torch.no_grad():
             policy.net[4].bias[:A] = 30.0 * sign
-        torch.testing.assert_close(policy.mean_scales(torch.zeros(1)), torch.full((A,), 10.0 ** sign))
+        torch.testing.assert_close(policy.mean_scales(torch.zeros(1)), torch.full((A,), 10.0**sign))
 
 
 def test_policy_comes_from_its_seed_and_leaves_the_global_generator_alone():
@@ -132,6 +137,7 @@ def test_a_decision_costs_less_than_a_tenth_of_a_millisecond():
 # -----------------------------------------------------------------------------
 # files
 
+
 def same(a: GaussianPolicy, b: GaussianPolicy) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
@@ -199,7 +205,7 @@ def test_truncations_and_bit_flips_are_refused_or_harmless(tmp_path):
         weights_path.write_bytes(weights[:n])
         refused(tmp_path / "p")
     for i in range(0, len(weights), 7):
-        weights_path.write_bytes(weights[:i] + bytes([weights[i] ^ 1 << i % 8]) + weights[i + 1:])
+        weights_path.write_bytes(weights[:i] + bytes([weights[i] ^ 1 << i % 8]) + weights[i + 1 :])
         refused(tmp_path / "p", "does not match the sha256")
     weights_path.write_bytes(weights)
     for n in range(0, len(card) - 1, 17):
@@ -207,7 +213,7 @@ def test_truncations_and_bit_flips_are_refused_or_harmless(tmp_path):
         refused(tmp_path / "p")
     refusals = 0
     for i in range(0, len(card), 7):
-        card_path.write_bytes(card[:i] + bytes([card[i] ^ 1 << i % 8]) + card[i + 1:])
+        card_path.write_bytes(card[:i] + bytes([card[i] ^ 1 << i % 8]) + card[i + 1 :])
         try:
             assert same(load_policy(tmp_path / "p")[0], policy)  # white space, a late digit, the training note
         except JelError:
@@ -229,8 +235,13 @@ def test_well_formed_files_with_the_wrong_contents(tmp_path):
         return safetensors.torch.save({k: v for k, v in {**good, **changes}.items() if v is not None})
 
     bias = good["net.0.bias"]
-    for changes in ({"net.0.bias": None}, {"extra": bias.clone()}, {"net.0.bias": bias[:5].clone()},
-                    {"net.0.bias": bias.double()}, {"net.0.bias": bias.bfloat16()}):
+    for changes in (
+        {"net.0.bias": None},
+        {"extra": bias.clone()},
+        {"net.0.bias": bias[:5].clone()},
+        {"net.0.bias": bias.double()},
+        {"net.0.bias": bias.bfloat16()},
+    ):
         put(tensors(**changes))
         refused(tmp_path / "p", "other tensors")
     put(tensors(**{"net.0.bias": bias.clone().fill_(float("inf"))}))
@@ -252,8 +263,15 @@ def test_well_formed_files_with_the_wrong_contents(tmp_path):
     refused(tmp_path / "p", "does not match the sha256")
     put(tensors(), hidden=32)
     refused(tmp_path / "p", "other tensors")
-    for table in (None, 3, [], [3] * 21, card["multipliers"][1:], [{"progress": 0.0}] * 21,
-                  [{"progress": 10**400, "lr": 1, "weight_decay": 1}] * 21):
+    for table in (
+        None,
+        3,
+        [],
+        [3] * 21,
+        card["multipliers"][1:],
+        [{"progress": 0.0}] * 21,
+        [{"progress": 10**400, "lr": 1, "weight_decay": 1}] * 21,
+    ):
         put(tensors(), multipliers=table)
         refused(tmp_path / "p", "table of multipliers")
     card_path.write_text("[" * 100000)

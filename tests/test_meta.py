@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from jel.grpo import PolicyUpdate
-from jel.meta import MetaConfig, MetaTrainer
+from jel.learn.grpo import PolicyUpdate
+from jel.learn.meta import MetaConfig, MetaTrainer
+from jel.learn.rollout import Interrupted, collect, decision_steps
 from jel.policy import GaussianPolicy
-from jel.rollout import Interrupted, collect, decision_steps
 
 
 class QuadraticTask:
@@ -20,7 +20,7 @@ class QuadraticTask:
 
     def reset(self, group, episodes):
         starts = torch.randn(64, generator=torch.Generator().manual_seed(group))
-        self.x = starts[episodes.start:episodes.stop].clone()
+        self.x = starts[episodes.start : episodes.stop].clone()
 
     def train(self, first_step, steps, factors):
         for _ in range(steps):
@@ -35,15 +35,38 @@ class QuadraticTask:
 
 def make_trainer(seed=0, stop=lambda: False, **overrides):
     policy = GaussianPolicy(seed=seed)
-    updater = PolicyUpdate(policy, lr=3e-3, gamma=0.99, clip=0.2, epochs=4, minibatch_size=16, entropy_coef=0.0, seed=seed)
-    config = MetaConfig(**{"episodes": 6, "chunk": 6, "decision_interval": 5, "lambda_g": 0.0, "lambda_s": 0.0,
-                           "nan_penalty": None, **overrides})
+    updater = PolicyUpdate(
+        policy, lr=3e-3, gamma=0.99, clip=0.2, epochs=4, minibatch_size=16, entropy_coef=0.0, seed=seed
+    )
+    config = MetaConfig(
+        **{
+            "episodes": 6,
+            "chunk": 6,
+            "decision_interval": 5,
+            "lambda_g": 0.0,
+            "lambda_s": 0.0,
+            "nan_penalty": None,
+            **overrides,
+        }
+    )
     return MetaTrainer(QuadraticTask(), policy, updater, config, seed, stop_requested=stop)
 
 
 def rollout(chunk, lambda_g=0.0, rank=0, world_size=1):
-    return collect(QuadraticTask(), GaussianPolicy(), 3, 6, chunk, 5, torch.Generator().manual_seed(1), lambda_g, 0.1, None,
-                   rank, world_size)
+    return collect(
+        QuadraticTask(),
+        GaussianPolicy(),
+        3,
+        6,
+        chunk,
+        5,
+        torch.Generator().manual_seed(1),
+        lambda_g,
+        0.1,
+        None,
+        rank,
+        world_size,
+    )
 
 
 def test_decisions_cover_the_episode_and_the_papers_are_twelve():
@@ -71,9 +94,12 @@ def test_ranks_change_nothing(monkeypatch, world_size):
         barrier.wait()
         return sum(parts)
 
-    monkeypatch.setattr("jel.rollout._sum_over_ranks", summed)
+    monkeypatch.setattr("jel.learn.rollout._sum_over_ranks", summed)
     results = [None] * world_size
-    threads = [threading.Thread(target=lambda r=r: results.__setitem__(r, rollout(2, 0.01, r, world_size))) for r in range(world_size)]
+    threads = [
+        threading.Thread(target=lambda r=r: results.__setitem__(r, rollout(2, 0.01, r, world_size)))
+        for r in range(world_size)
+    ]
     [t.start() for t in threads], [t.join() for t in threads]
     single, losses = rollout(6, 0.01)
     for found, found_losses in results:
@@ -81,7 +107,9 @@ def test_ranks_change_nothing(monkeypatch, world_size):
 
 
 def test_rewards_are_the_improvement_of_the_probe_loss():
-    found, losses = collect(QuadraticTask(), GaussianPolicy(), 0, 4, 4, 5, torch.Generator().manual_seed(0), 0.0, 0.0, 100.0)
+    found, losses = collect(
+        QuadraticTask(), GaussianPolicy(), 0, 4, 4, 5, torch.Generator().manual_seed(0), 0.0, 0.0, 100.0
+    )
     assert found.alive.all()  # with so large a penalty, no rise counts as a blow-up
     assert torch.allclose(found.rewards[found.alive], (losses[:, :-1] - losses[:, 1:])[found.alive])
     assert torch.allclose(found.states[0, :, 0], torch.tensor([0, 5, 10, 15, 20]) / 23)
@@ -106,7 +134,7 @@ def test_resume_is_exact():
         whole.update()
     for _ in range(2):
         first.update()
-    second = make_trainer(seed=9)     # another policy, so that everything must come from the state
+    second = make_trainer(seed=9)  # another policy, so that everything must come from the state
     second.seed = 0
     second.load_state_dict(first.state_dict())
     records = [second.update() for _ in range(3)]
@@ -125,7 +153,9 @@ def test_the_policy_learns_to_raise_the_rate():
 
 def test_a_blow_up_is_counted_and_does_not_poison():
     trainer = make_trainer()
-    trainer.task.probe_loss = lambda: torch.where(torch.arange(len(trainer.task.x)) == 2, float("nan"), trainer.task.x.square())
+    trainer.task.probe_loss = lambda: torch.where(
+        torch.arange(len(trainer.task.x)) == 2, float("nan"), trainer.task.x.square()
+    )
     record = trainer.update()
     assert record["episodes_alive"] == 5
     assert all(p.isfinite().all() for p in trainer.policy.parameters())

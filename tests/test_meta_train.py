@@ -14,7 +14,7 @@ import pytest
 from jel.errors import JelError
 from jel.policy import load_policy
 from nanochat.common import UserError, read_log
-from nanochat.interrupt import REQUEUE_EXIT_CODE
+from nanochat.preemption import REQUEUE_EXIT_CODE
 from scripts import meta_train
 from tests.conftest import ROOT
 
@@ -23,8 +23,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @pytest.fixture(scope="module")
 def smoke(corpus):
-    return ["--preset", "smoke", "--data", str(corpus), "--device-type", "cpu", "--updates", "4", "--episodes", "3", "--resume", "auto",
-            "--episode-workers", "1"]
+    return [
+        "--preset",
+        "smoke",
+        "--data",
+        str(corpus),
+        "--device-type",
+        "cpu",
+        "--updates",
+        "4",
+        "--episodes",
+        "3",
+        "--resume",
+        "auto",
+        "--episode-workers",
+        "1",
+    ]
 
 
 @pytest.fixture
@@ -36,6 +50,7 @@ def train(base, smoke, monkeypatch):
     def run(tag, *flags):
         monkeypatch.setattr(sys, "argv", ["meta_train", *smoke, "--model-tag", tag, *flags])
         return meta_train.main()
+
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -53,13 +68,22 @@ def left(base, tag):
     folder = base / "runs" / tag
     log = [{k: v for k, v in record.items() if k != "seconds"} for record in read_log(folder)]
     result = json.loads((folder / "result.json").read_text())
-    return (folder / "policy.safetensors").read_bytes(), log, {k: result[k] for k in ("updates", "entropy", "return_mean", "tokens")}
+    return (
+        (folder / "policy.safetensors").read_bytes(),
+        log,
+        {k: result[k] for k in ("updates", "entropy", "return_mean", "tokens")},
+    )
 
 
 def started(base, smoke, tag, *launcher):
-    return subprocess.Popen([sys.executable, "-m", *launcher, "scripts.meta_train", *smoke, "--model-tag", tag], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "scripts.meta_train", *smoke, "--model-tag", tag],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def after_updates(base, tag, number: int, process) -> None:
@@ -96,7 +120,16 @@ def test_killed_and_stopped_and_resumed_is_undisturbed(base, smoke, train, undis
 
 def test_two_ranks_are_one_and_episodes_may_be_odd(base, smoke, undisturbed):
     """Three episodes on two ranks, side by side on neither: the ranks have a different number of rounds to do."""
-    pair = started(base, [*smoke, "--episode-chunk", "1"], "meta-pair", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    pair = started(
+        base,
+        [*smoke, "--episode-chunk", "1"],
+        "meta-pair",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+    )
     printed = pair.communicate(timeout=120)[0]
     assert pair.returncode == 0, printed
     assert left(base, "meta-pair") == undisturbed
@@ -115,19 +148,22 @@ def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
     assert undisturbed[2]["entropy"] == [record["entropy"] for record in log]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--updates", "0"), "--updates is 0; it must be at least 1"),
-    (("--episodes", "-1"), "--episodes is -1"),
-    (("--episode-workers", "0"), "--episode-workers is 0"),
-    (("--episode-workers", "2", "--episode-seq-len", "100000"), "too little text"),
-    (("--policy-hidden", "5000"), "hidden"),
-    (("--initial-log-std", "nan"), "initial_log_std is nan"),
-    (("--action-range", "1"), "action_range is 1.0"),
-    (("--tokenizer", "absent"), "tok_train"),
-    (("--data", "/nowhere"), "/nowhere"),
-    (("--model-tag", "../out"), "does not name a folder"),
-    (("--episode-seq-len", "100000"), "too little text"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--updates", "0"), "--updates is 0; it must be at least 1"),
+        (("--episodes", "-1"), "--episodes is -1"),
+        (("--episode-workers", "0"), "--episode-workers is 0"),
+        (("--episode-workers", "2", "--episode-seq-len", "100000"), "too little text"),
+        (("--policy-hidden", "5000"), "hidden"),
+        (("--initial-log-std", "nan"), "initial_log_std is nan"),
+        (("--action-range", "1"), "action_range is 1.0"),
+        (("--tokenizer", "absent"), "tok_train"),
+        (("--data", "/nowhere"), "/nowhere"),
+        (("--model-tag", "../out"), "does not name a folder"),
+        (("--episode-seq-len", "100000"), "too little text"),
+    ],
+)
 def test_bad_input_is_one_clear_line(train, flags, words):
     with pytest.raises((UserError, JelError), match=words):
         train("meta-bad", *flags)

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from nanochat import optim_sharding
 from nanochat.gpt import GPT, GPTConfig
-from nanochat import optim_shards
 from nanochat.optim import POLAR_EXPRESS, MuonAdamW, adamw_update, muon_update, orthogonalize
 
 F64 = torch.float64
@@ -26,6 +26,7 @@ def randn(*shape, seed=0):
 
 # -----------------------------------------------------------------------------
 # AdamW
+
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_adamw_equals_torch(weight_decay):
@@ -44,25 +45,29 @@ def test_adamw_equals_torch(weight_decay):
 # -----------------------------------------------------------------------------
 # Muon
 
+
 def slow_muon(p, grad, buf, second, lr, wd, mu, beta2):
     """One step on one matrix -> (p, buf, second): DESIGN section 4 read aloud; `second` is (rows,) or (cols,)."""
     rows, cols = p.shape
-    buf = mu * buf + (1 - mu) * grad                           # Nesterov momentum as an EMA
+    buf = mu * buf + (1 - mu) * grad  # Nesterov momentum as an EMA
     x = mu * buf + (1 - mu) * grad
     x = x / (1.02 * x.square().sum().sqrt() + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
     second = beta2 * second + (1 - beta2) * x.square().mean(1 if rows >= cols else 0)
     scaled = x / second.sqrt()[:, None] if rows >= cols else x / second.sqrt()[None, :]
-    update = scaled * (x.norm() / scaled.norm())               # the matrix keeps its norm
-    decay = torch.where(update * p >= 0, wd * p, 0.0)          # cautious: only where both agree in sign
+    update = scaled * (x.norm() / scaled.norm())  # the matrix keeps its norm
+    decay = torch.where(update * p >= 0, wd * p, 0.0)  # cautious: only where both agree in sign
     return p - lr * math.sqrt(max(1, rows / cols)) * (update + decay), buf, second
 
 
 def muon_state(rows, cols, K=3):
     """Parameters and zero state of a stack of K."""
-    return (randn(K, rows, cols), torch.zeros(K, rows, cols, dtype=F64),
-            torch.zeros(K, *((rows, 1) if rows >= cols else (1, cols)), dtype=F64))
+    return (
+        randn(K, rows, cols),
+        torch.zeros(K, rows, cols, dtype=F64),
+        torch.zeros(K, *((rows, 1) if rows >= cols else (1, cols)), dtype=F64),
+    )
 
 
 @pytest.mark.parametrize("rows, cols", SHAPES)
@@ -81,9 +86,9 @@ def test_muon_equals_its_slow_twin(rows, cols):
 def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_vectors(rows, cols):
     x = randn(4, rows, cols)
     U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-    inside = U.mT @ orthogonalize(x) @ Vh.mT                   # diagonal if the singular vectors are kept
+    inside = U.mT @ orthogonalize(x) @ Vh.mT  # diagonal if the singular vectors are kept
     values = inside.diagonal(dim1=-2, dim2=-1)
-    clear = S / x.norm(dim=(-2, -1))[:, None] > 0.01           # five steps cannot lift what is nearly zero
+    clear = S / x.norm(dim=(-2, -1))[:, None] > 0.01  # five steps cannot lift what is nearly zero
     assert clear.float().mean() > 0.9 and values[clear].min() > 0.6 and values[clear].max() < 1.3
     torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-8)
 
@@ -93,7 +98,7 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_vectors(row
 @pytest.mark.parametrize("rank", [1, 5, 64])
 def test_orthogonalize_is_five_polar_express_steps(rows, cols, rank, dtype, atol):
     """Whatever the rank: a Gram matrix has the smaller singular values squared, and rounding must not drown them."""
-    x = (randn(4, rows, rank) @ torch.diag(0.5 ** torch.arange(rank, dtype=F64)) @ randn(4, rank, cols, seed=1))
+    x = randn(4, rows, rank) @ torch.diag(0.5 ** torch.arange(rank, dtype=F64)) @ randn(4, rank, cols, seed=1)
     twin = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = twin @ twin.mT
@@ -126,7 +131,7 @@ def test_muon_decays_only_where_update_and_parameter_agree():
         muon_update(p, randn(3, 12, 3, seed=5), buf, second, lr, decay, 0.9, 0.95)
         after[decay] = p
     before = muon_state(12, 3)[0]
-    agree = (before - after[0.0]) * before >= 0                # the update is what is subtracted
+    agree = (before - after[0.0]) * before >= 0  # the update is what is subtracted
     assert 0.2 < agree.double().mean() < 0.8
     torch.testing.assert_close(after[0.0] - after[wd], agree * before * lr * wd * math.sqrt(12 / 3), rtol=0, atol=1e-12)
 
@@ -134,13 +139,17 @@ def test_muon_decays_only_where_update_and_parameter_agree():
 # -----------------------------------------------------------------------------
 # MuonAdamW
 
+
 def make(seed: int = 0, **hyper) -> MuonAdamW:
     """Two AdamW tensors and a Muon stack of two."""
     shared = {"lr": 0.05, "weight_decay": 0.1, **hyper}
     params = [nn.Parameter(randn(*shape, seed=seed + i)) for i, shape in enumerate([(9, 4), (3,), (6, 4), (6, 4)])]
-    return MuonAdamW([
-        {"name": "tables", "kind": "adamw", "params": params[:2], "betas": (0.8, 0.95), "eps": 1e-10, **shared},
-        {"name": "matrices", "kind": "muon", "params": params[2:], "momentum": 0.9, "beta2": 0.95, **shared}])
+    return MuonAdamW(
+        [
+            {"name": "tables", "kind": "adamw", "params": params[:2], "betas": (0.8, 0.95), "eps": 1e-10, **shared},
+            {"name": "matrices", "kind": "muon", "params": params[2:], "momentum": 0.9, "beta2": 0.95, **shared},
+        ]
+    )
 
 
 def params_of(optimizer):
@@ -164,15 +173,18 @@ def assert_same(a, b):
 def test_a_decision_never_recompiles(monkeypatch, as_on_cuda):
     """Compiled updates take hyperparameters as 0-D tensors; as floats (`as_on_cuda` False) each decision would compile."""
     from torch._dynamo.utils import counters
+
     if as_on_cuda:
-        monkeypatch.setattr(optim_shards, "_scalar", lambda value, like: torch.full((), float(value)))
+        monkeypatch.setattr(optim_sharding, "_scalar", lambda value, like: torch.full((), float(value)))
     torch._dynamo.reset()
-    monkeypatch.setattr(optim_shards.AdamWShard, "_one_pass", None)  # what a CPU does without compiling
+    monkeypatch.setattr(optim_sharding.AdamWShard, "_one_pass", None)  # what a CPU does without compiling
     optimizer, programs = make(), []
     for group in optimizer.param_groups[:1]:
         group["params"][:] = [nn.Parameter(p.detach().bfloat16()) for p in group["params"]]  # as embeddings are on CUDA
-    optimizer._compiled = {name: torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
-                           for name, f in (("adamw", adamw_update), ("muon", muon_update))}
+    optimizer._compiled = {
+        name: torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
+        for name, f in (("adamw", adamw_update), ("muon", muon_update))
+    }
     with torch._dynamo.config.patch(recompile_limit=64):
         for decision in range(12):
             for group in optimizer.param_groups:
@@ -292,12 +304,17 @@ def test_groups_are_those_of_the_design(depth):
     heads = width // 128
     muon = {"kind": "muon", "lr": 0.02, "weight_decay": 0.2, "beta2": 0.95}
     adamw = {"kind": "adamw", "betas": (0.8, 0.95), "weight_decay": 0.0, "eps": 1e-10}
-    want = {"lm_head": (1, {**adamw, "lr": 0.004 * scale}), "wte": (1, {**adamw, "lr": 0.3 * scale}),
-            "value_embeds": (depth // 2, {**adamw, "lr": 0.3 * scale}),
-            "resid_lambdas": (1, {**adamw, "lr": 0.005}),
-            "x0_lambdas": (1, {**adamw, "lr": 0.5, "betas": (0.96, 0.95)}),
-            f"muon_{heads}x32": (depth // 2, muon), f"muon_{width}x{width}": (4 * depth, muon),
-            f"muon_{4 * width}x{width}": (depth, muon), f"muon_{width}x{4 * width}": (depth, muon)}
+    want = {
+        "lm_head": (1, {**adamw, "lr": 0.004 * scale}),
+        "wte": (1, {**adamw, "lr": 0.3 * scale}),
+        "value_embeds": (depth // 2, {**adamw, "lr": 0.3 * scale}),
+        "resid_lambdas": (1, {**adamw, "lr": 0.005}),
+        "x0_lambdas": (1, {**adamw, "lr": 0.5, "betas": (0.96, 0.95)}),
+        f"muon_{heads}x32": (depth // 2, muon),
+        f"muon_{width}x{width}": (4 * depth, muon),
+        f"muon_{4 * width}x{width}": (depth, muon),
+        f"muon_{width}x{4 * width}": (depth, muon),
+    }
     found = {g["name"]: g for g in optimizer.param_groups}
     assert found.keys() == want.keys() and (depth != 12 or scale == 1.0)
     for name, (tensors, hyper) in want.items():
@@ -308,9 +325,15 @@ def test_groups_are_those_of_the_design(depth):
         assert initial == (found[name]["lr"], found[name]["weight_decay"])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"kind": "sgd"}, "kind"), ({"name": None}, "name"), ({"name": "tables"}, "name of its own"),
-    ({"params": [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))]}, "mixes shapes")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "sgd"}, "kind"),
+        ({"name": None}, "name"),
+        ({"name": "tables"}, "name of its own"),
+        ({"params": [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))]}, "mixes shapes"),
+    ],
+)
 def test_groups_that_cannot_be(change, message):
     groups = copy.deepcopy(make().param_groups)
     groups[1].update(change)
@@ -318,12 +341,17 @@ def test_groups_that_cannot_be(change, message):
         MuonAdamW(groups)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda s: s.pop("tables"), lambda s: s["tables"].pop("exp_avg.1"),
-    lambda s: s["matrices"].update(extra=torch.zeros(1)),
-    lambda s: s["tables"].update({"exp_avg.0": torch.zeros(8, 4)}),
-    lambda s: s["matrices"].update(momentum_buffer=torch.zeros(1, 6, 4)),    # of a model with fewer layers
-    lambda s: s["matrices"].update(momentum_buffer=torch.zeros(3, 6, 4))])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s.pop("tables"),
+        lambda s: s["tables"].pop("exp_avg.1"),
+        lambda s: s["matrices"].update(extra=torch.zeros(1)),
+        lambda s: s["tables"].update({"exp_avg.0": torch.zeros(8, 4)}),
+        lambda s: s["matrices"].update(momentum_buffer=torch.zeros(1, 6, 4)),  # of a model with fewer layers
+        lambda s: s["matrices"].update(momentum_buffer=torch.zeros(3, 6, 4)),
+    ],
+)
 def test_state_that_does_not_fit(damage):
     optimizer = make()
     state = optimizer.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -12,9 +13,14 @@ import torch
 import torch.nn as nn
 
 from nanochat.common import UserError
-from scripts import base_train, meta_train, presets, sweep
+from scripts import base_train, meta_train, presets
+from scripts.sweep import __main__ as sweep
 
-SCRIPTS = {"base_train": base_train.flags, "meta_train": meta_train.flags, "sweep": lambda: with_required(sweep.flags())}
+SCRIPTS = {
+    "base_train": base_train.flags,
+    "meta_train": meta_train.flags,
+    "sweep": lambda: with_required(sweep.flags()),
+}
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -66,7 +72,7 @@ def test_every_command_in_the_readme_parses():
         if script in SCRIPTS:
             presets.parse_with_preset(SCRIPTS[script](), script, flags)
         else:
-            assert (Path(__file__).parent.parent / "scripts" / f"{script}.py").exists()
+            assert importlib.util.find_spec(f"scripts.{script}")
 
 
 def test_the_loop_in_the_readme_runs():
@@ -79,5 +85,8 @@ def test_the_loop_in_the_readme_runs():
         seen.append(optimizer.param_groups[0]["lr"])
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    exec(code.replace("...", "forward_backward()", 1), {"optimizer": optimizer, "total": total, "forward_backward": forward_backward})
+    exec(
+        code.replace("...", "forward_backward()", 1),
+        {"optimizer": optimizer, "total": total, "forward_backward": forward_backward},
+    )
     assert len(seen) == total and len(set(seen)) >= 3  # the base rate, then a new one at each decision

@@ -8,8 +8,8 @@ import torch
 from jel.tasks.pretrain import PretrainTask, episode_bytes
 from nanochat.common import Compute
 from nanochat.gpt import GPTConfig
+from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
-from nanochat.tokens import TokenCache
 
 SCHEDULE = {"warmup_ratio": 0.0, "warmdown_ratio": 0.4, "final_lr_frac": 0.0, "final_wd_frac": 0.0}
 FACTORS = {"lr": torch.tensor([1.0, 20.0, 5.0]), "weight_decay": torch.tensor([1.0, 0.1, 30.0])}
@@ -24,9 +24,23 @@ def make_task(base, corpus, monkeypatch):
     tasks = []
 
     def make(shared=True):
-        tasks.append(PretrainTask(config, cache, Compute(0, 1, torch.device("cpu")), num_steps=6, batch_size=2, probe_batches=2,
-                                  base_lr=1e-3, base_wd=1e-2, schedule=SCHEDULE, seed=1, shared=shared))
+        tasks.append(
+            PretrainTask(
+                config,
+                cache,
+                Compute(0, 1, torch.device("cpu")),
+                num_steps=6,
+                batch_size=2,
+                probe_batches=2,
+                base_lr=1e-3,
+                base_wd=1e-2,
+                schedule=SCHEDULE,
+                seed=1,
+                shared=shared,
+            )
+        )
         return tasks[-1]
+
     yield make
     for task in tasks:
         task.close()
@@ -34,7 +48,7 @@ def make_task(base, corpus, monkeypatch):
 
 def run(task, episodes, group=0):
     """Probe losses (e, 3) of an episode with two decisions, and the last gradient norm (e,)."""
-    factors = {name: f[episodes.start:episodes.stop] for name, f in FACTORS.items()}
+    factors = {name: f[episodes.start : episodes.stop] for name, f in FACTORS.items()}
     task.reset(group, episodes)
     losses = [task.probe_loss()]
     for first in (0, 3):

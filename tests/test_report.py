@@ -12,17 +12,22 @@ import numpy as np
 import pytest
 
 from nanochat.common import UserError, read_json, run_main
-from scripts import report
-from scripts.report_evidence import LABELS, read_evidence
-from scripts.report_tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3
+from scripts.report import __main__ as report
+from scripts.report.evidence import LABELS, read_evidence
+from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3
 
-BPB = {"jel": (2.220, 2.231, 2.214), "schedule_free": (2.301, 2.322, 2.290), "hand_tuned": (2.101, 2.120, 2.095),
-       "suboptimal": (3.293, 3.310, 3.280)}
+BPB = {
+    "jel": (2.220, 2.231, 2.214),
+    "schedule_free": (2.301, 2.322, 2.290),
+    "hand_tuned": (2.101, 2.120, 2.095),
+    "suboptimal": (3.293, 3.310, 3.280),
+}
 STEPS, BATCH, SEEDS = 250, 2048, (1, 2, 3)
 
 
 # -----------------------------------------------------------------------------
 # synthetic runs
+
 
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,13 +35,37 @@ def write(path, value):
 
 
 def config(**flags):
-    return {"environment": {"python": "3.11.7", "torch": "2.13.0", "commit": "abc1234", "device": "a CPU",
-                            "world_size": 1, "threads": 2},
-            "flags": {"data": "embedded", "total_batch_size": BATCH, "policy": None, "sf_lr": 0.5, "sf_wd": 0.0,
-                      "sf_warmup": 0, **flags},
-            "model": {"n_layer": 4, "n_embd": 64, "vocab_size": 512, "sequence_len": 128}, "parameters": 327_816,
-            "data": {"source": "embedded", "files": 437, "documents": 1950, "bytes": 8_744_682, "shards": 8,
-                     "shard_bytes": 2_853_699, "sha256": "851e1656" * 8}, "num_iterations": STEPS}
+    return {
+        "environment": {
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "commit": "abc1234",
+            "device": "a CPU",
+            "world_size": 1,
+            "threads": 2,
+        },
+        "flags": {
+            "data": "embedded",
+            "total_batch_size": BATCH,
+            "policy": None,
+            "sf_lr": 0.5,
+            "sf_wd": 0.0,
+            "sf_warmup": 0,
+            **flags,
+        },
+        "model": {"n_layer": 4, "n_embd": 64, "vocab_size": 512, "sequence_len": 128},
+        "parameters": 327_816,
+        "data": {
+            "source": "embedded",
+            "files": 437,
+            "documents": 1950,
+            "bytes": 8_744_682,
+            "shards": 8,
+            "shard_bytes": 2_853_699,
+            "sha256": "851e1656" * 8,
+        },
+        "num_iterations": STEPS,
+    }
 
 
 def write_log(folder, records):
@@ -59,23 +88,53 @@ def add_run(folder, method, seed, bpb, policy=None, finished=True):
 def add_meta(folder, updates=30, finished=True):
     rng, progress = np.random.default_rng(0), [i / 10 for i in range(10)]
     write(folder / "meta" / "config.json", config())
-    write_log(folder / "meta", [
-        {"step": u, "return_mean": 2 - 1.6 * math.exp(-u / 6) + rng.normal(0, 0.05), "entropy": 0.92 - 0.003 * u,
-         "return_best": 2.1 + rng.normal(0, 0.05), "decision_progress": progress,
-         "lr": [math.exp(3.4 * (1 - math.exp(-u / 5)) * (0.4 + 0.6 * p)) for p in progress],
-         "weight_decay": [math.exp(0.05 * u * (p - 0.4)) for p in progress]} for u in range(updates)])
+    write_log(
+        folder / "meta",
+        [
+            {
+                "step": u,
+                "return_mean": 2 - 1.6 * math.exp(-u / 6) + rng.normal(0, 0.05),
+                "entropy": 0.92 - 0.003 * u,
+                "return_best": 2.1 + rng.normal(0, 0.05),
+                "decision_progress": progress,
+                "lr": [math.exp(3.4 * (1 - math.exp(-u / 5)) * (0.4 + 0.6 * p)) for p in progress],
+                "weight_decay": [math.exp(0.05 * u * (p - 0.4)) for p in progress],
+            }
+            for u in range(updates)
+        ],
+    )
     if finished:
-        write(folder / "meta" / "result.json", {"updates": updates, "episodes": 8 * updates, "tokens": 1_536_000,
-                                                "seconds": 90.0, "policy": "/runs/tiny/meta/policy.safetensors"})
+        write(
+            folder / "meta" / "result.json",
+            {
+                "updates": updates,
+                "episodes": 8 * updates,
+                "tokens": 1_536_000,
+                "seconds": 90.0,
+                "policy": "/runs/tiny/meta/policy.safetensors",
+            },
+        )
 
 
 def add_sweeps(folder):
-    rows = [{"lr": lr, "wd": wd, "warmup": warmup // 2, "val_bpb": 2.3 + 0.1 * i, "seconds": 18.0, "tag": f"sf{i}",
-             "tokens": STEPS * BATCH} for i, (lr, wd, warmup, *_) in enumerate(PAPER_TABLE_3)]
+    rows = [
+        {
+            "lr": lr,
+            "wd": wd,
+            "warmup": warmup // 2,
+            "val_bpb": 2.3 + 0.1 * i,
+            "seconds": 18.0,
+            "tag": f"sf{i}",
+            "tokens": STEPS * BATCH,
+        }
+        for i, (lr, wd, warmup, *_) in enumerate(PAPER_TABLE_3)
+    ]
     rows[5]["val_bpb"] = None
     write(folder / "sweep_schedule_free.json", {"rows": rows, "best": 0})
-    tuned = [{"lr_scale": s, "weight_decay": 0.2, "val_bpb": 2.1 + abs(s - 1) / 10, "seconds": 19.5,
-              "tag": f"tiny/t{s}"} for s in (0.5, 1.0, 2.0)]
+    tuned = [
+        {"lr_scale": s, "weight_decay": 0.2, "val_bpb": 2.1 + abs(s - 1) / 10, "seconds": 19.5, "tag": f"tiny/t{s}"}
+        for s in (0.5, 1.0, 2.0)
+    ]
     write(folder / "sweep_hand_tuned.json", {"rows": tuned, "best": 1})
 
 
@@ -121,6 +180,7 @@ def change(path, **values):
 # -----------------------------------------------------------------------------
 # a whole report
 
+
 def test_a_whole_report(runs, monkeypatch, capsys):
     folder = make_report(monkeypatch)
     text = (folder / "report.md").read_text()
@@ -130,8 +190,15 @@ def test_a_whole_report(runs, monkeypatch, capsys):
     assert all(f"({name}.png)" in text for name in names) and "Not measured" not in text and "Warning" not in text
     table, jel = section(text, "Table 1: four methods"), BPB["jel"]
     assert row(table.split("JEL against")[0], "JEL") == [
-        "JEL", f"{statistics.mean(jel):.4f}", f"{statistics.stdev(jel):.4f}", "3", f"{1.4 * statistics.mean(jel):.4f}",
-        "meta-training = 3.0 runs by tokens", "1.173", "3.810"]
+        "JEL",
+        f"{statistics.mean(jel):.4f}",
+        f"{statistics.stdev(jel):.4f}",
+        "3",
+        f"{1.4 * statistics.mean(jel):.4f}",
+        "meta-training = 3.0 runs by tokens",
+        "1.173",
+        "3.810",
+    ]
     against = table.split("JEL against")[1]
     assert row(against, "Schedule-free")[1] == row(against, "Suboptimal")[1] == "better"
     assert row(against, "Hand-tuned")[1] == "worse"
@@ -158,8 +225,11 @@ def test_a_whole_report(runs, monkeypatch, capsys):
 def test_results_record_keeps_its_contract(runs):
     record = report.results_record(read_evidence(runs.parent, "tiny"))
     assert list(record) == ["preset", "methods", "schedule_free_sweep", "meta", "controller"]
-    assert record["methods"]["jel"] == {"val_bpb": list(BPB["jel"]), "train_loss": [1.4 * v for v in BPB["jel"]],
-                                        "seconds": [20.0] * 3}
+    assert record["methods"]["jel"] == {
+        "val_bpb": list(BPB["jel"]),
+        "train_loss": [1.4 * v for v in BPB["jel"]],
+        "seconds": [20.0] * 3,
+    }
     assert list(record["methods"]) == ["schedule_free", "jel", "hand_tuned", "suboptimal"]
     assert record["schedule_free_sweep"][5] == {"lr": 2.0, "wd": 0.01, "warmup": 0, "val_bpb": None, "seconds": 18.0}
     assert (record["meta"]["updates"], record["meta"]["episodes"], len(record["meta"]["entropy"])) == (30, 240, 30)
@@ -201,8 +271,13 @@ def test_a_paper_figure_never_stands_for_a_measured_one(runs):
         assert row(table, label)[6:] == [f"{bpb:.3f}", f"{loss:.3f}"]
         assert row(against, label)[1:6] == [ABSENT, ABSENT, ABSENT, "0", ABSENT]
     assert row(section(text, "Costs"), "meta-training")[1:6] == [ABSENT] * 5
-    for gap in ("bash speedrun.sh --preset tiny", "jel-s2: unfinished, 250 steps done", "Hand-tuned: no finished run",
-                "scripts.sweep", "unfinished, 30 updates done"):
+    for gap in (
+        "bash speedrun.sh --preset tiny",
+        "jel-s2: unfinished, 250 steps done",
+        "Hand-tuned: no finished run",
+        "scripts.sweep",
+        "unfinished, 30 updates done",
+    ):
         assert gap in section(text, "Not measured")
 
 
@@ -231,8 +306,14 @@ def test_what_cannot_be_compared_is_warned_of(runs):
     change(runs / "schedule_free-s1" / "config.json", flags=other["flags"], data=other["data"] | {"sha256": "f" * 64})
     change(runs / "meta" / "config.json", environment=other["environment"] | {"device": "a GPU"})
     warnings = [line for line in text_of(runs).splitlines() if line.startswith("**Warning:**")]
-    for word in ("Data is not", "Run is not", "Device is not", "Policy of the JEL runs is not", "another policy",
-                 "best in the sweep"):
+    for word in (
+        "Data is not",
+        "Run is not",
+        "Device is not",
+        "Policy of the JEL runs is not",
+        "another policy",
+        "best in the sweep",
+    ):
         assert sum(word in line for line in warnings) == 1, word
     assert len(warnings) == 6
 
@@ -258,6 +339,7 @@ def test_ablations_are_reported_when_there_are_any(runs):
 # -----------------------------------------------------------------------------
 # bad input
 
+
 def test_print_table_writes_nothing(runs, monkeypatch, capsys):
     assert not make_report(monkeypatch, "--print-table").exists()
     assert "Schedule-free" in capsys.readouterr().out
@@ -273,10 +355,18 @@ def test_nothing_at_all_is_one_line(tmp_path, monkeypatch, capsys):
     assert "jel-s1: unfinished, 120 steps done" in text_of(tmp_path / "runs" / "tiny")
 
 
-@pytest.mark.parametrize("name, content", [
-    ("jel-s1/result.json", "{"), ("jel-s1/result.json", '{"val_bpb": 1}'), ("jel-s1/config.json", "[]"),
-    ("meta/result.json", "{}"), ("sweep_schedule_free.json", '{"rows": {}, "best": 0}'),
-    ("sweep_hand_tuned.json", '{"rows": [3], "best": 0}'), ("ablations.json", "{}")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("jel-s1/result.json", "{"),
+        ("jel-s1/result.json", '{"val_bpb": 1}'),
+        ("jel-s1/config.json", "[]"),
+        ("meta/result.json", "{}"),
+        ("sweep_schedule_free.json", '{"rows": {}, "best": 0}'),
+        ("sweep_hand_tuned.json", '{"rows": [3], "best": 0}'),
+        ("ablations.json", "{}"),
+    ],
+)
 def test_damaged_files_are_named(runs, name, content):
     (runs / name).write_text(content)
     with pytest.raises(UserError, match=name) as e:

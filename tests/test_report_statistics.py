@@ -7,11 +7,12 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from scripts.report_figures import meta_training_figure, multiplier_figure, validation_figure
-from scripts.report_statistics import compare, mean_curve, quartiles, ratio, summarize, total, verdict
-from scripts.report_tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3, markdown, number, plain
+from scripts.report.figures import meta_training_figure, multiplier_figure, validation_figure
+from scripts.report.statistics import compare, mean_curve, quartiles, ratio, summarize, total, verdict
+from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3, markdown, number, plain
 
 values = st.floats(0.5, 5)
 by_seed = st.dictionaries(st.integers(0, 6), values, min_size=2, max_size=7)
@@ -99,6 +100,7 @@ def test_numbers():
 
 # -----------------------------------------------------------------------------
 # figures show the numbers
+
 
 def test_figures_draw_what_they_are_given():
     whole, _ = validation_figure({"jel": [{0: 4.0, 10: 2.0}, {0: 4.0, 10: 3.0}]}, {"jel": "JEL"}, "").axes

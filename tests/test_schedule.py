@@ -9,8 +9,8 @@ import schedulefree
 import torch
 import torch.nn as nn
 
+from nanochat.lr_schedule import base_hparams, lr_factor, muon_momentum, set_momentum, wd_factor
 from nanochat.optim import MuonAdamW
-from nanochat.schedule import base_hparams, lr_factor, muon_momentum, set_momentum, wd_factor
 from nanochat.schedule_free import ScheduleFreeMuon
 
 T = 200
@@ -23,11 +23,12 @@ def lr_curve(warmup, warmdown, final):
 # -----------------------------------------------------------------------------
 # base schedule
 
+
 def test_the_papers_schedule_is_flat_then_falls_linearly_to_zero():
     curve = lr_curve(0.0, 0.4, 0.0)
-    assert curve[:121] == [1.0] * 121                                   # flat up to 60%, that step included
+    assert curve[:121] == [1.0] * 121  # flat up to 60%, that step included
     assert curve[121:] == pytest.approx([(T - step) / 80 for step in range(121, T + 1)])
-    assert curve[T] == 0.0 and curve[T - 1] > 0                         # the last step that is taken still moves
+    assert curve[T] == 0.0 and curve[T - 1] > 0  # the last step that is taken still moves
 
 
 def test_warm_up_rises_linearly_to_one():
@@ -58,13 +59,15 @@ def test_momentum_rises_over_300_steps():
 
 
 def test_base_hparams_start_from_each_groups_initial_values():
-    groups = [{"initial_lr": 0.3, "initial_wd": 0.0, "lr": 9.0, "weight_decay": 9.0},
-              {"initial_lr": 0.02, "initial_wd": 0.8, "lr": 9.0, "weight_decay": 9.0}]
+    groups = [
+        {"initial_lr": 0.3, "initial_wd": 0.0, "lr": 9.0, "weight_decay": 9.0},
+        {"initial_lr": 0.02, "initial_wd": 0.8, "lr": 9.0, "weight_decay": 9.0},
+    ]
     before = copy.deepcopy(groups)
     found = base_hparams(groups, 160, T, warmup_ratio=0.0, warmdown_ratio=0.4, final_lr_frac=0.0, final_wd_frac=0.0)
     assert [h["lr"] for h in found] == pytest.approx([0.15, 0.01])
     assert [h["weight_decay"] for h in found] == pytest.approx([0.0, 0.16])
-    assert groups == before                                             # writing is the hook's business
+    assert groups == before  # writing is the hook's business
 
 
 def test_set_momentum_touches_muon_only():
@@ -76,14 +79,25 @@ def test_set_momentum_touches_muon_only():
 # -----------------------------------------------------------------------------
 # schedule-free
 
+
 def make(seed: int = 0, **hyper) -> ScheduleFreeMuon:
     """Two tensors in two AdamW groups, and a Muon stack of two."""
     g = torch.Generator().manual_seed(seed)
     params = [nn.Parameter(torch.randn(*shape, generator=g)) for shape in [(5, 3), (4,), (6, 4), (6, 4)]]
     adamw = {"kind": "adamw", "lr": 123.0, "weight_decay": 45.0, "betas": (0.1, 0.2), "eps": 1.0}
-    groups = [{"name": "a", "params": params[:1], **adamw}, {"name": "b", "params": params[1:2], **adamw},
-              {"name": "m", "params": params[2:], "kind": "muon", "lr": 0.02, "weight_decay": 0.2,
-               "momentum": 0.9, "beta2": 0.95}]
+    groups = [
+        {"name": "a", "params": params[:1], **adamw},
+        {"name": "b", "params": params[1:2], **adamw},
+        {
+            "name": "m",
+            "params": params[2:],
+            "kind": "muon",
+            "lr": 0.02,
+            "weight_decay": 0.2,
+            "momentum": 0.9,
+            "beta2": 0.95,
+        },
+    ]
     return ScheduleFreeMuon(groups, **{"lr": 0.05, "weight_decay": 0.1, "warmup_steps": 3, **hyper})
 
 
@@ -130,7 +144,7 @@ def test_evaluated_weights_differ_from_trained_ones_and_come_back():
     optimizer.eval()
     evaluated = values(optimizer)
     assert [torch.allclose(a, b, atol=1e-4) for a, b in zip(trained, evaluated)] == [False, False, True, True]
-    optimizer.eval()                                                    # asking twice changes nothing
+    optimizer.eval()  # asking twice changes nothing
     assert all(torch.equal(a, b) for a, b in zip(evaluated, values(optimizer)))
     optimizer.train()
     for a, b in zip(trained, values(optimizer)):
@@ -187,9 +201,14 @@ def test_closure():
     assert not any(torch.equal(b, p) for b, p in zip(before, params_of(optimizer)))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda free: free.pop("1.z"), lambda free: free.update({"7.z": torch.zeros(4)}),
-    lambda free: free.update({"1.z": torch.zeros(3)})])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda free: free.pop("1.z"),
+        lambda free: free.update({"7.z": torch.zeros(4)}),
+        lambda free: free.update({"1.z": torch.zeros(3)}),
+    ],
+)
 def test_state_that_does_not_fit(damage):
     optimizer = make()
     train(optimizer, 0)

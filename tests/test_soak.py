@@ -10,24 +10,33 @@ from itertools import count
 import torch
 
 from nanochat.checkpoint import load_checkpoint, save_checkpoint
-from scripts import soak, soak_faults
+from scripts.soak import __main__ as soak
+from scripts.soak import faults as soak_faults
 
 
 def run(monkeypatch, capsys, *flags):
     """(exit status, the last line's numbers by name, all that was printed)."""
     monkeypatch.setattr(sys, "argv", ["soak", *flags])
     code, printed = soak.main(), capsys.readouterr().out
-    numbers = re.findall(r"([a-z ]+) (\d+),", printed[printed.rindex("tries "):])
+    numbers = re.findall(r"([a-z ]+) (\d+),", printed[printed.rindex("tries ") :])
     return code, {name.strip(): int(number) for name, number in numbers}, printed
 
 
 def test_a_short_soak_ends_without_a_loss(monkeypatch, capsys):
     every = soak.faults
-    monkeypatch.setattr(soak, "faults", lambda subject: [soak_faults.kill_a_rank] if subject.ranks > 1 else every(subject))
+    monkeypatch.setattr(
+        soak, "faults", lambda subject: [soak_faults.kill_a_rank] if subject.ranks > 1 else every(subject)
+    )
     monkeypatch.setattr(soak_faults, "STEPS", 24)
     code, told, printed = run(monkeypatch, capsys, "--faults", "3", "--only", "two ranks", "full disk", "--seed", "3")
     assert code == 0 and told["tries"] == 3 and told["runs compared"] >= 2, printed
-    assert told["mismatches"] == told["steps lost beyond the last checkpoint"] == told["hangs"] == told["other failures"] == 0
+    assert (
+        told["mismatches"]
+        == told["steps lost beyond the last checkpoint"]
+        == told["hangs"]
+        == told["other failures"]
+        == 0
+    )
     assert "SIGKILL of one rank" in printed
 
 
@@ -73,7 +82,9 @@ def test_a_step_back_behind_a_whole_checkpoint_is_a_failure(monkeypatch, tmp_pat
     monkeypatch.setattr(soak, "remains", lambda *_: {})
     save_checkpoint(tmp_path / "runs" / "run" / "checkpoints", 5, {"w": torch.zeros(3)})
     trial = soak.Trial(soak_faults.Subject("base_train", []), tmp_path, random.Random(0))
-    assert trial.run() is None and trial.wrong == ["resumed at 3, though 5 was saved"] and trial.tally["steps lost"] == 2
+    assert (
+        trial.run() is None and trial.wrong == ["resumed at 3, though 5 was saved"] and trial.tally["steps lost"] == 2
+    )
 
 
 def test_damage_is_always_noticed(tmp_path):

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.interrupt import REQUEUE_EXIT_CODE
-from scripts import base_train, sweep, sweep_runs
+from nanochat.preemption import REQUEUE_EXIT_CODE
+from scripts import base_train
 from scripts.presets import parse_with_preset
-from scripts.sweep import best_flags, find_places, plan
-from scripts.sweep_runs import Job, Places, Progress, alone, describe, row_of, steps_done
+from scripts.sweep import __main__ as sweep
+from scripts.sweep import runs as sweep_runs
+from scripts.sweep.__main__ import best_flags, find_places, plan
+from scripts.sweep.runs import Job, Places, Progress, alone, describe, row_of, steps_done
 from tests.conftest import ROOT
 
 BEST = {"schedule_free": ["--optimizer", "schedule-free", "--sf-lr", "2.0"], "hand_tuned": ["--matrix-lr", "0.06"]}
@@ -41,6 +43,7 @@ def start(home, corpus, monkeypatch):
     def main(*flags):
         monkeypatch.setattr(sys, "argv", ["sweep", "--preset", "smoke", "--data", str(corpus), *flags])
         return sweep.main()
+
     return main
 
 
@@ -51,14 +54,24 @@ def parsed(job: Job):
 # -----------------------------------------------------------------------------
 # the plan
 
+
 def test_the_schedule_free_plan_is_table_3():
     jobs = plan("schedule-free", "paper", [7, 8], 561)
     assert [job.tag for job in jobs] == [f"paper/sf-{i}" for i in range(8)]
     runs = [parsed(job) for job in jobs]
     assert [(run.sf_lr, run.sf_wd, run.sf_warmup) for run in runs] == [
-        (0.5, 0, 0), (0.5, 0.01, 0), (1, 0, 0), (1, 0.01, 0), (2, 0, 0), (2, 0.01, 0), (1, 0.01, 100), (1, 0.01, 300)]
+        (0.5, 0, 0),
+        (0.5, 0.01, 0),
+        (1, 0, 0),
+        (1, 0.01, 0),
+        (2, 0, 0),
+        (2, 0.01, 0),
+        (1, 0.01, 100),
+        (1, 0.01, 300),
+    ]
     assert {(r.optimizer, r.matrix_lr, r.weight_decay, r.seed, r.resume, r.max_recoveries) for r in runs} == {
-        ("schedule-free", 0.02, 0.2, 7, "auto", 0)}
+        ("schedule-free", 0.02, 0.2, 7, "auto", 0)
+    }
     assert [job.setting["warmup"] for job in plan("schedule-free", "tiny", [7], 250)] == [0] * 6 + [45, 134]
 
 
@@ -87,6 +100,7 @@ def test_the_methods_plan_is_every_method_with_every_seed():
 
 # -----------------------------------------------------------------------------
 # runs
+
 
 def test_rows_are_written_and_a_second_start_runs_nothing(home, start, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SCHEDULE_FREE", [(1.0, 1e38, 0), (0.5, 0.01, 300)])
@@ -130,12 +144,15 @@ def test_a_run_that_fails_stops_the_sweep_in_one_line(home, start, monkeypatch):
 @pytest.mark.parametrize("number, whole_group", [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_stop_saves_the_run_and_starts_no_other(home, corpus, number, whole_group):
     """Signalled alone, as by kill, or with its run, as by Ctrl-C: either way it saves, and nothing is left behind."""
-    program = ("from scripts import sweep; sweep.HAND_TUNED = [(1.0, 0.0), (1.0, 0.1)]; "  # endless, in steps of 0.5 s
-               "sweep.HAND_TUNED_RATES = {'--num-iterations': 1e5, '--total-batch-size': 12800}; "
-               "sweep.run_main(sweep.main)")
+    program = (
+        "from scripts.sweep import __main__ as sweep; sweep.HAND_TUNED = [(1.0, 0.0), (1.0, 0.1)]; "  # endless, in steps of 0.5 s
+        "sweep.HAND_TUNED_RATES = {'--num-iterations': 1e5, '--total-batch-size': 12800}; "
+        "sweep.run_main(sweep.main)"
+    )
     flags = ["--preset", "smoke", "--data", str(corpus), "--what", "hand-tuned", "--jobs", "1"]
-    process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     job, deadline = Job("smoke/ht-0", {}, [], []), time.monotonic() + 60
     while steps_done(job) == 0 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -162,14 +179,18 @@ def test_the_lock_is_held_as_long_as_a_run_lives(tmp_path):
 # -----------------------------------------------------------------------------
 # bad input, places, progress
 
-@pytest.mark.parametrize("flags, words", [
-    (("--what", "schedule-free", "--seeds", "1", "1"), "--seeds 1 1 names a seed twice"),
-    (("--what", "schedule-free", "--policy", "p"), "--policy is for --what methods"),
-    (("--what", "schedule-free", "--jobs", "0"), "--jobs is 0"),
-    (("--what", "hand-tuned", "--preset", "paper"), "paper's upper bound"),
-    (("--what", "methods"), "first run: python -m scripts.sweep --preset smoke --what schedule-free"),
-    (("--what", "schedule-free", "--data", "/nowhere"), "/nowhere"),
-])
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--what", "schedule-free", "--seeds", "1", "1"), "--seeds 1 1 names a seed twice"),
+        (("--what", "schedule-free", "--policy", "p"), "--policy is for --what methods"),
+        (("--what", "schedule-free", "--jobs", "0"), "--jobs is 0"),
+        (("--what", "hand-tuned", "--preset", "paper"), "paper's upper bound"),
+        (("--what", "methods"), "first run: python -m scripts.sweep --preset smoke --what schedule-free"),
+        (("--what", "schedule-free", "--data", "/nowhere"), "/nowhere"),
+    ],
+)
 def test_bad_input_is_one_clear_line(start, monkeypatch, flags, words):
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(UserError) as e:
@@ -177,18 +198,33 @@ def test_bad_input_is_one_clear_line(start, monkeypatch, flags, words):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("{", "JSON"), ("[]", "not what a sweep writes"), ('{"rows": [], "best": 0}', "not what a sweep writes"),
-    ('{"rows": [], "best": null}', "all of them diverged")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "JSON"),
+        ("[]", "not what a sweep writes"),
+        ('{"rows": [], "best": 0}', "not what a sweep writes"),
+        ('{"rows": [], "best": null}', "all of them diverged"),
+    ],
+)
 def test_a_damaged_sweep_is_not_built_on(tmp_path, text, words):
     (tmp_path / "sweep_schedule_free.json").write_text(text)
     with pytest.raises(UserError, match=words):
         best_flags(tmp_path, "schedule_free")
 
 
-@pytest.mark.parametrize("preset, gpus, flags, jobs, nproc", [
-    ("paper", 8, (), 1, 8), ("paper", 6, (), 1, 4), ("paper", 1, (), 1, 1), ("paper", 8, ("--nproc", "2"), 4, 2),
-    ("tiny", 4, (), 4, 1), ("tiny", 0, ("--jobs", "3"), 3, 1), ("tiny", 0, ("--jobs", "30"), 8, 1)])
+@pytest.mark.parametrize(
+    "preset, gpus, flags, jobs, nproc",
+    [
+        ("paper", 8, (), 1, 8),
+        ("paper", 6, (), 1, 4),
+        ("paper", 1, (), 1, 1),
+        ("paper", 8, ("--nproc", "2"), 4, 2),
+        ("tiny", 4, (), 4, 1),
+        ("tiny", 0, ("--jobs", "3"), 3, 1),
+        ("tiny", 0, ("--jobs", "30"), 8, 1),
+    ],
+)
 def test_places_fill_the_machine(monkeypatch, preset, gpus, flags, jobs, nproc):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -223,6 +259,8 @@ def test_progress_tells_steps_and_time_left(home, monkeypatch, capsys):
     progress.status(jobs[1:2])
     progress.status(jobs[1:2])
     progress.ended(jobs[0], rows[jobs[0].tag])
-    assert capsys.readouterr().out.splitlines() == ["1/4 done | jel-s1 66/100 | left 1m30s",
-                                                    "1/4 hand_tuned-s1: val_bpb 1.5000, 1m15s"]
+    assert capsys.readouterr().out.splitlines() == [
+        "1/4 done | jel-s1 66/100 | left 1m30s",
+        "1/4 hand_tuned-s1: val_bpb 1.5000, 1m15s",
+    ]
     assert describe(Job("a/b", {"lr": 1.0}, [], []), {"val_bpb": None, "seconds": 1.0}) == "b lr 1.0: diverged, 1s"

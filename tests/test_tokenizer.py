@@ -40,7 +40,7 @@ def encode_slow(tokenizer, text):
             if not known:
                 break
             _, i = min(known)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
         ids += [rank[part] for part in parts]
     return ids
 
@@ -100,13 +100,14 @@ def test_training_is_deterministic_and_merges_what_came_before(tokenizer):
 def test_a_vocabulary_that_cannot_be_reached_is_refused():
     with pytest.raises(UserError, match="265 hold"):
         Tokenizer.train([TEXT], 264)
-    with pytest.raises(UserError, match="a vocabulary of 267"):    # b"ab", then b" ab"
+    with pytest.raises(UserError, match="a vocabulary of 267"):  # b"ab", then b" ab"
         Tokenizer.train(["ab ab"], 300)
     assert Tokenizer.train(["ab ab"], 267).vocab_size == 267
 
 
 # -----------------------------------------------------------------------------
 # disk
+
 
 def test_load_gives_back_what_was_saved(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new")
@@ -118,17 +119,20 @@ def b64(token):
     return base64.b64encode(token).decode()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda saved: saved.pop("ranks"),
-    lambda saved: saved.update(format=99),
-    lambda saved: saved.update(pattern="("),
-    lambda saved: saved.update(pattern=None),
-    lambda saved: saved.update(special_tokens=["<|bos|>"]),
-    lambda saved: saved["ranks"].remove(b64(b"a")),
-    lambda saved: saved["ranks"].append(b64(b"a")),
-    lambda saved: saved["ranks"].append("not base64!"),
-    lambda saved: saved["ranks"].append(7),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda saved: saved.pop("ranks"),
+        lambda saved: saved.update(format=99),
+        lambda saved: saved.update(pattern="("),
+        lambda saved: saved.update(pattern=None),
+        lambda saved: saved.update(special_tokens=["<|bos|>"]),
+        lambda saved: saved["ranks"].remove(b64(b"a")),
+        lambda saved: saved["ranks"].append(b64(b"a")),
+        lambda saved: saved["ranks"].append("not base64!"),
+        lambda saved: saved["ranks"].append(7),
+    ],
+)
 def test_a_damaged_file_is_one_clear_line(tokenizer, tmp_path, damage):
     tokenizer.save(tmp_path)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -151,6 +155,7 @@ def test_a_missing_or_torn_file_is_one_clear_line(tmp_path):
 # -----------------------------------------------------------------------------
 # scripts.tok_train
 
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Run the script on two training shards and a validation shard of another alphabet."""
@@ -162,6 +167,7 @@ def train(tmp_path, monkeypatch):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["tok_train", "--preset", "paper", "--data", str(tmp_path / "data"), *flags])
         tok_train.main()
+
     return run
 
 

@@ -16,15 +16,28 @@ from jel.actions import apply_multipliers
 from nanochat.common import Compute, derive_seed, keep_freed_memory
 from nanochat.dataloader import DataLoader, fixed_batches
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.schedule import base_hparams, set_momentum
-from nanochat.tokens import TokenCache
+from nanochat.lr_schedule import base_hparams, set_momentum
+from nanochat.token_cache import TokenCache
 
 
 class PretrainTask:
-    """An `EpisodeTask` (see jel/rollout.py). `base_lr` and `base_wd` are every group's, as in the suboptimal baseline."""
+    """An `EpisodeTask` (see jel/learn/rollout.py). `base_lr` and `base_wd` are every group's, as in the suboptimal baseline."""
 
-    def __init__(self, config: GPTConfig, cache: TokenCache, compute: Compute, *, num_steps: int, batch_size: int,
-                 probe_batches: int, base_lr: float, base_wd: float, schedule: dict, seed: int, shared: bool = True):
+    def __init__(
+        self,
+        config: GPTConfig,
+        cache: TokenCache,
+        compute: Compute,
+        *,
+        num_steps: int,
+        batch_size: int,
+        probe_batches: int,
+        base_lr: float,
+        base_wd: float,
+        schedule: dict,
+        seed: int,
+        shared: bool = True,
+    ):
         self.config, self.cache, self.compute, self.num_steps = config, cache, compute, num_steps
         self.batch_size, self.base_lr, self.base_wd = batch_size, base_lr, base_wd
         self.schedule, self.seed, self.shared = schedule, seed, shared
@@ -44,8 +57,11 @@ class PretrainTask:
                     self._single.init_weights(self._generator(group, None if self.shared else episode))
                 for name, p in self.model.named_parameters():
                     p[i].copy_(self._single.get_parameter(name))
-        self.first_batch = [group * self.num_steps] if self.shared else [
-            derive_seed(self.seed, "data", group, episode) % 2**32 for episode in episodes]
+        self.first_batch = (
+            [group * self.num_steps]
+            if self.shared
+            else [derive_seed(self.seed, "data", group, episode) % 2**32 for episode in episodes]
+        )
 
     def train(self, first_step: int, steps: int, factors: dict[str, Tensor]) -> None:
         groups = self.optimizer.param_groups
@@ -66,7 +82,10 @@ class PretrainTask:
             return torch.stack([self.forward(x, y) for x, y in self.probes]).mean(0)
 
     def grad_norm(self) -> Tensor:
-        return sum(p.grad.flatten(1).to(torch.promote_types(p.dtype, torch.float32)).square().sum(1) for p in self.model.parameters()).sqrt()
+        return sum(
+            p.grad.flatten(1).to(torch.promote_types(p.dtype, torch.float32)).square().sum(1)
+            for p in self.model.parameters()
+        ).sqrt()
 
     def close(self) -> None:
         for loader in self.loaders:
@@ -86,8 +105,10 @@ class PretrainTask:
         self.optimizer = self.model.setup_optimizer()
         for group in self.optimizer.param_groups:
             group["initial_lr"], group["initial_wd"] = self.base_lr, self.base_wd
-        self.loaders = [DataLoader(self.cache, "train", self.batch_size, self.config.sequence_len, device)
-                        for _ in range(1 if self.shared else e)]
+        self.loaders = [
+            DataLoader(self.cache, "train", self.batch_size, self.config.sequence_len, device)
+            for _ in range(1 if self.shared else e)
+        ]
         self._episodes = e
 
     def _generator(self, *names) -> torch.Generator:
@@ -101,6 +122,7 @@ class PretrainTask:
 
 # -----------------------------------------------------------------------------
 # memory
+
 
 def episode_bytes(config: GPTConfig, batch_size: int) -> int:
     """Device memory of one episode, roughly (an estimate from shapes, checked against measurements in the README).

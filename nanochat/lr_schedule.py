@@ -1,0 +1,49 @@
+"""The base schedule as pure functions of the step: what the hyperparameters are before any controller acts."""
+
+from __future__ import annotations
+
+
+def lr_factor(
+    step: int, num_iterations: int, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float
+) -> float:
+    """Warm up linearly, hold at 1, then fall linearly over the last `warmdown_ratio` of the run to `final_lr_frac`."""
+    warmup, warmdown = round(warmup_ratio * num_iterations), round(warmdown_ratio * num_iterations)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step <= num_iterations - warmdown:
+        return 1.0
+    left = (num_iterations - step) / warmdown
+    return left + (1 - left) * final_lr_frac
+
+
+def wd_factor(step: int, num_iterations: int, final_wd_frac: float) -> float:
+    """Weight decay falls linearly to `final_wd_frac` at the end of the run."""
+    return 1 - (1 - final_wd_frac) * step / num_iterations
+
+
+def muon_momentum(step: int) -> float:
+    """0.85 -> 0.95 over the first 300 steps."""
+    left = max(0.0, 1 - step / 300)
+    return left * 0.85 + (1 - left) * 0.95
+
+
+def base_hparams(
+    param_groups: list[dict],
+    step: int,
+    num_iterations: int,
+    warmup_ratio: float,
+    warmdown_ratio: float,
+    final_lr_frac: float,
+    final_wd_frac: float,
+) -> list[dict]:
+    """`{"lr", "weight_decay"}` per param group at this step, from each group's `initial_lr` and `initial_wd`."""
+    lr = lr_factor(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac)
+    wd = wd_factor(step, num_iterations, final_wd_frac)
+    return [{"lr": g["initial_lr"] * lr, "weight_decay": g["initial_wd"] * wd} for g in param_groups]
+
+
+def set_momentum(param_groups: list[dict], step: int) -> None:
+    """Set the momentum of the Muon groups for this step."""
+    for group in param_groups:
+        if group["kind"] == "muon":
+            group["momentum"] = muon_momentum(step)

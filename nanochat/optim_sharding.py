@@ -1,0 +1,220 @@
+"""How a param group is updated: what each rank owns of it, how gradients and parameters travel, in what portions.
+
+K members of a stack, R runs (batched models; absent for one), rows x cols = out x in of a matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+SHARD_MIN_NUMEL = 4096  # smaller AdamW tensors are updated by every rank: cheaper than gathering them
+CACHE_ELEMENTS = 1 << 17  # matrix elements that a CPU updates at a time, so that its passes over them stay in cache
+
+
+def _has_axes(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _scalar(value, like: torch.Tensor):
+    """A float, or on CUDA a 0-D tensor: a change never recompiles. Filled there: a copy would wait for the device."""
+    return torch.full((), float(value), device=like.device) if like.is_cuda else float(value)
+
+
+class Shard:
+    """The part of one param group that this rank updates, and how it talks to the other ranks.
+
+    A subclass knows a state tensor's `_full_shape(name)`, all of it: `_full(name, part)`, its part: `_own(name, full)`.
+    """
+
+    def __init__(self, group: dict, rank: int, world_size: int):
+        self.group, self.rank, self.world_size = group, rank, world_size
+        self.steps = 0
+        self.state: dict[str, torch.Tensor] = {}
+        self._pending: list = []
+
+    def wait(self) -> None:
+        for work in self._pending:
+            work.wait()
+        self._pending.clear()
+
+    def _hyper(self, name: str, like: torch.Tensor, trailing: int):
+        """A hyperparameter as it enters the maths: (R,) with `trailing` unit axes, or a 0-D tensor if compiled."""
+        value = self.group[name]
+        if _has_axes(value):
+            dtype = torch.promote_types(like.dtype, torch.float32)  # a bf16 weight's rate is not rounded to bf16
+            return value.to(like.device, dtype).view(-1, *(1,) * trailing)
+        return _scalar(value, like)
+
+    def _all_gather(self, out: torch.Tensor, part: torch.Tensor) -> None:
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        self._pending.append(gather(out, part, async_op=True))
+
+    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """The parts of all ranks, one after another."""
+        if self.world_size == 1:
+            return part
+        out = part.new_empty(self.world_size * part.size(0), *part.shape[1:])
+        self._all_gather(out, part)
+        self.wait()
+        return out
+
+    def _reduce_scatter(self, out: torch.Tensor, full: torch.Tensor) -> None:
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        self._pending.append(scatter(out, full, async_op=True))
+
+    def state_dict(self) -> dict:
+        return {"step": self.steps, **{name: self._full(name, t).clone() for name, t in self.state.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        if set(state) != {"step", *self.state}:
+            raise ValueError(
+                f"optimizer state of {self.group['name']} holds {sorted(state)}, not {sorted({'step', *self.state})}"
+            )
+        for name, mine in self.state.items():
+            found, expected = tuple(state[name].shape), tuple(self._full_shape(name))
+            if found != expected:
+                raise ValueError(f"optimizer state {self.group['name']}.{name} has shape {found}, not {expected}")
+            mine.copy_(self._own(name, state[name]))
+        self.steps = int(state["step"])
+
+
+class AdamWShard(Shard):
+    """Large tensors are split by rows of their first axis, small ones are updated by every rank."""
+
+    def __init__(self, group, rank, world_size):
+        super().__init__(group, rank, world_size)
+        self.split = [
+            world_size > 1 and p.numel() >= SHARD_MIN_NUMEL and p.size(0) % world_size == 0 for p in group["params"]
+        ]
+        for i, p in enumerate(group["params"]):
+            for kind in ("exp_avg", "exp_avg_sq"):  # fp32 even for a bf16 weight
+                self.state[f"{kind}.{i}"] = torch.zeros_like(
+                    self._rows(i, p), dtype=torch.promote_types(p.dtype, torch.float32)
+                )
+
+    def _rows(self, i: int, t: torch.Tensor) -> torch.Tensor:
+        return t.chunk(self.world_size)[self.rank] if self.split[i] else t
+
+    def _full_shape(self, name):
+        return self.group["params"][int(name.split(".")[1])].shape
+
+    def _full(self, name, part):
+        return self._gathered(part) if self.split[int(name.split(".")[1])] else part
+
+    def _own(self, name, full):
+        return self._rows(int(name.split(".")[1]), full)
+
+    def reduce(self) -> None:
+        self._grads = [p.grad for p in self.group["params"]]
+        if self.world_size == 1:
+            return
+        for i, grad in enumerate(self._grads):
+            if self.split[i]:
+                self._grads[i] = torch.empty_like(self._rows(i, grad))
+                self._reduce_scatter(self._grads[i], grad)
+            else:
+                self._pending.append(dist.all_reduce(grad, async_op=True))
+
+    def update(self, f) -> None:
+        for grad in self._grads if self.world_size > 1 else ():
+            grad.div_(self.world_size)
+        params = [self._rows(i, p) for i, p in enumerate(self.group["params"])]
+        averages = [[self.state[f"{kind}.{i}"] for i in range(len(params))] for kind in ("exp_avg", "exp_avg_sq")]
+        if all(
+            p.device.type == "cpu" and p.dtype == a.dtype and p.is_contiguous() for p, a in zip(params, averages[0])
+        ):
+            return self._one_pass(params, self._grads, *averages)
+        beta1, beta2 = self.group["betas"]
+        for p, *rest in zip(params, self._grads, *averages):
+            rates = [self._hyper(name, p, p.dim() - 1) for name in ("lr", "weight_decay")]
+            bias = [_scalar(1 - b**self.steps, p) for b in (beta1, beta2)]
+            f(p, *rest, *rates, beta1, beta2, self.group["eps"], *bias)
+
+    def _one_pass(self, params, grads, *averages) -> None:
+        """`adamw_update` by PyTorch's fused kernel: one sweep over memory, not ten. It takes floats, so a call per run."""
+        tensors = [params, [g.contiguous() for g in grads], *averages]
+        rates = [torch.as_tensor(self.group[name], dtype=torch.float64) for name in ("lr", "weight_decay")]
+        rates = torch.stack(torch.broadcast_tensors(*rates))  # (2,) or (2, R)
+        parts = [tensors] if rates.dim() == 1 else zip(*(zip(*(t.unbind() for t in ts)) for ts in tensors))
+        (beta1, beta2), steps = self.group["betas"], [torch.tensor(float(self.steps))] * len(params)
+        for part, (lr, weight_decay) in zip(parts, rates.view(2, -1).T.tolist(), strict=True):
+            torch._fused_adamw_(
+                *part,
+                [],
+                steps,
+                amsgrad=False,
+                maximize=False,
+                lr=lr,
+                weight_decay=weight_decay,
+                beta1=beta1,
+                beta2=beta2,
+                eps=self.group["eps"],
+            )
+
+    def gather(self) -> None:
+        self._grads = None
+        for i, p in enumerate(self.group["params"]):
+            if self.split[i]:
+                self._all_gather(p.data, self._rows(i, p.data).clone())
+
+
+class MuonShard(Shard):
+    """The stack is padded to a multiple of the ranks; each rank owns a run of its members."""
+
+    def __init__(self, group, rank, world_size):
+        super().__init__(group, rank, world_size)
+        params = group["params"]
+        if len({p.shape for p in params}) != 1:
+            raise ValueError(f"Muon group {group['name']} mixes shapes {sorted({tuple(p.shape) for p in params})}")
+        self.own = -(-len(params) // world_size)
+        self.stack = params[0].new_zeros(self.own * world_size, *params[0].shape)  # (K padded, [R,] rows, cols)
+        for p, member in zip(params, self.stack):
+            member.copy_(p.data)
+            p.data = member
+        self.grads = torch.zeros_like(self.stack)
+        *lead, rows, cols = self.own, *params[0].shape
+        self.state["momentum_buffer"] = self.stack.new_zeros(*lead, rows, cols)
+        self.state["second_momentum"] = self.stack.new_zeros(*lead, *((rows, 1) if rows >= cols else (1, cols)))
+
+    def _mine(self, t: torch.Tensor) -> torch.Tensor:
+        return t[self.rank * self.own : (self.rank + 1) * self.own]
+
+    def _full_shape(self, name):
+        return len(self.group["params"]), *self.state[name].shape[1:]
+
+    def _full(self, name, part):
+        return self._gathered(part)[: len(self.group["params"])]
+
+    def _own(self, name, full):
+        padded = full.new_zeros(self.own * self.world_size, *full.shape[1:])
+        padded[: len(full)] = full
+        return self._mine(padded)
+
+    def reduce(self) -> None:
+        params = self.group["params"]
+        torch.stack([p.grad for p in params], out=self.grads[: len(params)])
+        self._grad = self.grads
+        if self.world_size > 1:
+            self._grad = torch.empty_like(self._mine(self.grads))
+            self._reduce_scatter(self._grad, self.grads)
+
+    def update(self, f) -> None:
+        if self.world_size > 1:
+            self._grad.div_(self.world_size)
+        mine = self._mine(self.stack)
+        tensors = [mine, self._grad, self.state["momentum_buffer"], self.state["second_momentum"]]
+        tensors = [t.flatten(0, -3) for t in tensors]  # (own, [R,] ...) -> (own * R, ...)
+        for name in ("lr", "weight_decay"):
+            value = self._hyper(name, mine, 2)
+            tensors.append(value.repeat(self.own, 1, 1) if _has_axes(value) else value)
+        n = len(tensors[0])
+        size = n if mine.is_cuda else max(1, CACHE_ELEMENTS // tensors[0][0].numel())
+        rest = self._hyper("momentum", mine, 2), self.group["beta2"]
+        for i in range(0, n, size):
+            f(*(t[i : i + size] if _has_axes(t) else t for t in tensors), *rest)
+
+    def gather(self) -> None:
+        self._grad = None
+        if self.world_size > 1:
+            self._all_gather(self.stack, self._mine(self.stack).clone())

@@ -1,0 +1,48 @@
+"""Stopping a run in order: SIGTERM, SIGUSR1 and Ctrl-C ask for a stop after the step; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import Compute
+
+REQUEUE_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: saved and resumable, run the same command again
+ECHO = 5.0  # seconds
+
+
+class StopRequest:
+    """Installs the handlers; `requested()` says, the same on all ranks, whether to save and leave after this step.
+
+    A scheduler may signal every process of a job, and torchrun then passes on what it got itself: under torchrun, what
+    follows the first signal within `ECHO` is taken for its echo and does not count as a second one.
+    """
+
+    def __init__(self, compute: Compute):
+        self.compute, self.signal_number, self._insist_from = compute, 0, 0.0
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        now = time.monotonic()
+        if not self.signal_number:
+            self.signal_number = number
+            self._insist_from = now + (ECHO if "TORCHELASTIC_RUN_ID" in os.environ else 0.0)
+            if self.compute.is_main:
+                os.write(
+                    2,
+                    f"\n{signal.Signals(number).name}: finishing the step, then saving (again: exit at once)\n".encode(),
+                )
+        elif now >= self._insist_from:
+            os._exit(128 + number)
+
+    def requested(self) -> bool:
+        if self.compute.world_size == 1:
+            return self.signal_number != 0
+        flag = torch.tensor(float(self.signal_number != 0), device=self.compute.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag.item() > 0

@@ -1,0 +1,171 @@
+"""The report's figures: plain data in, a matplotlib Figure out. Equal data give equal files, byte for byte.
+
+U meta-training updates, K decisions. Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines
+differ in their dashes as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from scripts.report.statistics import mean_curve, quartiles
+
+INK, GRID = "#333333", "#e4e4e4"
+STYLE = [
+    "default",
+    {
+        "svg.hashsalt": "report",
+        "savefig.dpi": 160,
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": "#888888",
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "axes.axisbelow": True,
+        "axes.titlesize": 10.5,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+    },
+]
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+LINES = {
+    "jel": (VERMILION, "-"),
+    "schedule_free": (BLUE, "--"),
+    "hand_tuned": (GREEN, "-."),
+    "suboptimal": ("#777777", ":"),
+}
+MORE_LINES = [(PURPLE, (0, (5, 1))), (ORANGE, (0, (3, 1, 1, 1))), (SKY, (0, (1, 1)))]
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write `name`.png and `name`.svg, without the date and the version that matplotlib would add."""
+    with matplotlib.style.context(STYLE):
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+# -----------------------------------------------------------------------------
+# Figure 2
+
+
+@matplotlib.style.context(STYLE)
+def validation_figure(
+    curves: Mapping[str, Sequence[Mapping[int, float]]], labels: Mapping[str, str], subtitle: str
+) -> Figure:
+    """Bits per byte by step, for each method one curve a seed: the mean, and the range of the seeds as a band.
+
+    Left the whole run, right its end, between the methods that come near the best.
+    """
+    drawn = {method: mean_curve(runs) for method, runs in curves.items()}
+    order = sorted(drawn, key=lambda method: drawn[method][1][-1], reverse=True)  # the legend stands as the lines do
+    more = iter(MORE_LINES * len(order))
+    lines = {method: LINES.get(method) or next(more) for method in sorted(order)}
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    whole, end = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    for axes in (whole, end):
+        for method in order:
+            steps, mean, low, high = drawn[method]
+            color, dashes = lines[method]
+            axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+            axes.plot(steps, mean, color=color, linestyle=dashes, label=f"{labels[method]}  {mean[-1]:.3f}")
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    whole.set_ylabel("validation bits per byte")
+    whole.set_title(subtitle)
+    whole.legend(title="mean at the end", alignment="left", loc="upper right")
+    first = 0.6 * max(steps[-1] for steps, *_ in drawn.values())
+    best = min(mean[-1] for _, mean, *_ in drawn.values())
+    near = [drawn[method] for method in order if drawn[method][1][-1] <= 1.15 * best]
+    ends = [
+        edge[i]
+        for steps, _, *band in near
+        for edge in band
+        for i, step in enumerate(steps)
+        if step >= min(first, steps[-1])
+    ]
+    room = 0.08 * (max(ends) - min(ends)) or 0.01 * best
+    end.set(
+        xlim=(first, 1.02 * first / 0.6),
+        ylim=(min(ends) - room, max(ends) + room),
+        title="the last 40%, methods within 15% of the best",
+    )
+    return figure
+
+
+# -----------------------------------------------------------------------------
+# Figure 3
+
+
+@matplotlib.style.context(STYLE)
+def multiplier_figure(
+    progress: Sequence[float], lr: Sequence[Sequence[float]], weight_decay: Sequence[Sequence[float]], subtitle: str
+) -> Figure:
+    """The policy's multipliers at its K decisions: median and quartiles over U updates, and the last policy's.
+
+    `progress` (K,), `lr` and `weight_decay` (U, K), each as it was after the update.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
+    panels = figure.subplots(1, 2, sharey=True)
+    spread = f"25-75% of {len(lr)} update{'s' * (len(lr) != 1)}"
+    for axes, name, values, color in zip(panels, ("lr", "weight_decay"), (lr, weight_decay), (VERMILION, BLUE)):
+        low, median, high = quartiles(values)
+        axes.fill_between(progress, low, high, color=color, alpha=0.2, linewidth=0, label=spread)
+        axes.plot(progress, median, color=color, marker="o", markersize=3.5, label="median of the updates")
+        axes.plot(
+            progress,
+            values[-1],
+            color=INK,
+            linestyle=(0, (4, 2)),
+            linewidth=1.4,
+            label=f"policy after update {len(lr)}",
+        )
+        axes.axhline(1, color="#999999", linewidth=0.8, zorder=1)
+        axes.set(yscale="log", xlim=(-0.015, 1), xlabel="progress t/T", title=f"{name.replace('_', ' ')} multiplier")
+        axes.legend(loc="best")
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(min(low, 0.5), max(high, 2))  # a policy near 1 everywhere is to look like one
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
+    return figure
+
+
+# -----------------------------------------------------------------------------
+# meta-training
+
+
+@matplotlib.style.context(STYLE)
+def meta_training_figure(
+    entropy: Sequence[float], return_mean: Sequence[float], return_best: Sequence[float], subtitle: str
+) -> Figure:
+    """Entropy (nats per action dimension) and the episodes' returns, by update: three (U,)."""
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    updates = np.arange(1, len(entropy) + 1)
+    left.plot(updates, entropy, color=GREEN, marker=".")
+    left.set(title="policy entropy, nats per action dimension", xlabel="update")
+    low, high = left.get_ylim()
+    left.set_ylim(min(low, 0), max(high, 1))  # a collapse is a fall to below 0, not a wiggle
+    right.plot(updates, return_best, color=BLUE, linestyle="--", marker=".", label="best of the group")
+    right.plot(updates, return_mean, color=VERMILION, marker=".", label="mean of the group")
+    right.set(title="discounted return, nats of probe loss", xlabel="update")
+    right.legend(loc="best")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
+    return figure

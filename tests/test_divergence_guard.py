@@ -1,0 +1,353 @@
+"""A run outlives NaNs, a thousandfold learning rate and poisoned batches, and learns from them exactly once."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jel.actions import IDENTITY
+from jel.controller import Controller
+from nanochat.common import UserError
+from nanochat.dataloader import DataLoader
+from nanochat.divergence_guard import REACH, WARMUP, WINDOW, DivergenceGuard
+from nanochat.gpt import GPT
+from scripts import base_train
+
+STEPS, SAVE_EVERY = 60, 10
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CURVES = st.tuples(st.integers(0, 2**32), st.floats(2, 12), st.floats(0.1, 10), st.floats(1, 300), st.floats(0, 0.1))
+
+
+def curve(seed: int, end: float, drop: float, time: float, noise: float, n: int = 150) -> list[float]:
+    """A loss that falls exponentially, fast or slowly, under Gaussian noise in proportion to its end."""
+    rng = random.Random(seed)
+    return [end + drop * math.exp(-t / time) + noise * end * rng.gauss(0, 1) for t in range(n)]
+
+
+def seen(losses: list[float], max_tries: int = 8) -> DivergenceGuard:
+    guard = DivergenceGuard(max_tries)
+    for step, loss in enumerate(losses):
+        assert not guard.is_spike(loss), f"{loss} at {step} after {guard.recent}"
+        guard.accept(step, loss)
+    return guard
+
+
+# -----------------------------------------------------------------------------
+# the guard
+
+
+@settings(max_examples=60, deadline=None)
+@given(CURVES, st.integers(WINDOW, 149))
+def test_ordinary_losses_are_no_spikes_and_leaps_are(parameters, at):
+    losses = curve(*parameters)
+    guard = seen(losses[:at])
+    top, low = max(guard.recent), min(guard.recent)
+    assert guard.is_spike(top + 13 * (top - low) + 0.1 * top) and not guard.is_spike(top)
+    assert all(guard.is_spike(x) for x in (math.nan, math.inf, -math.inf))
+
+
+@settings(max_examples=60, deadline=None)
+@given(CURVES, st.integers(-20, 20), st.floats(0.5, 4), st.integers(0, 149))
+def test_the_verdict_does_not_depend_on_the_scale(parameters, power, factor, at):
+    losses, scale = curve(*parameters), 2.0**power
+    plain, scaled = DivergenceGuard(8), DivergenceGuard(8)
+    for step, loss in enumerate(losses):
+        loss *= factor if step == at else 1
+        assert plain.is_spike(loss) == scaled.is_spike(loss * scale)
+        plain.accept(step, loss)
+        scaled.accept(step, loss * scale)
+
+
+def test_before_the_spread_is_known_only_a_surge_counts():
+    guard = seen([6.0, 15.0, 9.0, 7.0])  # a first step may double the loss
+    assert guard.is_spike(30.1) and not guard.is_spike(29.9)
+    even = seen([3.0] * WARMUP)
+    assert even.is_spike(3.2) and not even.is_spike(3.1)  # no spread at all: the floor
+
+
+def test_no_finite_loss_is_a_spike_when_it_is_off():
+    guard = seen([3.0] * WINDOW + [300.0], max_tries=0)
+    assert guard.is_spike(math.nan)
+    with pytest.raises(UserError, match=r"the run diverged at step 7 \(loss nan\) and --max-recoveries is 0"):
+        guard.count(7, math.nan)
+
+
+def test_it_gives_up_after_the_stated_tries():
+    guard = DivergenceGuard(2)
+    guard.count(3, 9.0), guard.count(4, 9.0)
+    with pytest.raises(UserError, match="step 5 .* after 2 tries to mend it"):
+        guard.count(5, 9.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 400),
+            st.dictionaries(
+                st.sampled_from(["*", "wte"]),
+                st.fixed_dictionaries({}, optional={"lr": st.floats(1e-6, 1e6), "weight_decay": st.floats(1e-6, 1e6)}),
+            ),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_caps_only_shrink_and_only_rates(cuts):
+    guard = DivergenceGuard(8)
+    for step, multipliers in cuts:
+        before, reach = guard.lr_cap, guard.reach(step)
+        now = guard.limit(multipliers)
+        assert (now is multipliers) == (before == math.inf) and 0 <= reach <= max(0, step - REACH)
+        guard.cut(step, math.nan, now, IDENTITY)
+        limited = guard.limit(multipliers)
+        assert guard.lr_cap < before
+        assert (
+            all(limited[group]["lr"] <= guard.lr_cap for group in limited if "lr" in limited[group])
+            and "lr" in limited["*"]
+        )
+        assert all(
+            limited[g]["weight_decay"] == f["weight_decay"] for g, f in multipliers.items() if "weight_decay" in f
+        )
+        again = DivergenceGuard(8)
+        again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+        assert again.state_dict() == guard.state_dict() and again.limit(multipliers) == limited
+
+
+def test_spikes_in_a_row_are_answered_more_and_more_carefully():
+    guard, fast, slow = DivergenceGuard(8), {"*": {"lr": 1000.0}}, {"*": {"lr": 2.0}}
+    answers = []
+    for step in (100, 104, 104, 104 + 2 * WINDOW):
+        reach = step - guard.reach(step)
+        guard.cut(step, math.inf, guard.limit(fast), slow)
+        answers.append((reach, guard.lr_cap))
+    assert answers == [(5, 500.0), (10, 2.0), (20, 0.125), (5, 0.0625)]
+    assert guard.skipped == [103]  # 104 came back as it was
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+
+class Leap(Controller):
+    """A learning rate a thousandfold, at step 23 or from there on."""
+
+    observes, last = frozenset({"step"}), 23
+
+    def decide(self, observation):
+        return {"*": {"lr": 1000.0 if 23 <= observation["step"] <= self.last else 1.0, "weight_decay": 1.0}}
+
+
+class LeapAndStay(Leap):
+    last = math.inf
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def train(base, corpus, monkeypatch):
+    """base_train in this process, on STEPS steps; its exit code."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+
+    def run(tag, *flags):
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "base_train",
+                "--preset",
+                "smoke",
+                "--data",
+                str(corpus),
+                "--device-type",
+                "cpu",
+                "--num-iterations",
+                str(STEPS),
+                "--save-every",
+                str(SAVE_EVERY),
+                "--eval-every",
+                "0",
+                "--sample-tokens",
+                "0",
+                "--decision-interval",
+                "1",
+                "--model-tag",
+                f"recovery/{tag}",
+                *flags,
+            ],
+        )
+        return base_train.main()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def disturb(monkeypatch):
+    """`disturb(at, do)`: at the given calls of the model with gradients (2 a step), `do(model)` changes the loss."""
+    forward, calls = GPT.forward, []
+
+    def install(at, do):
+        def disturbed(self, idx, targets=None, **options):
+            loss = forward(self, idx, targets, **options)
+            if torch.is_grad_enabled():
+                calls.append(None)
+                if len(calls) - 1 in at:
+                    loss = do(self, loss)
+            return loss
+
+        monkeypatch.setattr(GPT, "forward", disturbed)
+
+    return install
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """`poison(steps, spoil)`: the training batches of those steps have `spoil(targets)` for targets."""
+    get = DataLoader.get
+
+    def install(steps, spoil):
+        def poisoned(self, step, micro_step=0):
+            inputs, targets = get(self, step, micro_step)
+            return (inputs, spoil(targets)) if step in steps and self._rows.split == "train" else (inputs, targets)
+
+        monkeypatch.setattr(DataLoader, "get", poisoned)
+
+    return install
+
+
+def left(base, tag):
+    """(result, events, losses by step) of a run."""
+    folder = base / "runs" / "recovery" / tag
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["loss"] for r in log if "loss" in r}
+    assert list(losses) == list(range(STEPS))  # every step once
+    return json.loads((folder / "result.json").read_text()), [r["event"] for r in log if "event" in r], losses
+
+
+@pytest.fixture
+def undisturbed(base, train):
+    """Bits per byte of the run that nothing happens to."""
+    if not (base / "runs" / "recovery" / "calm" / "result.json").exists():
+        assert train("calm") == 0
+    result, events, _ = left(base, "calm")
+    assert not events
+    return result["val_bpb"]
+
+
+def break_weights(model, loss):
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    return loss
+
+
+def break_gradient(model, loss):
+    hook = model.lm_head.weight.register_hook(lambda gradient: (hook.remove(), gradient * math.nan)[1])
+    return loss
+
+
+@pytest.mark.parametrize(
+    "do, at, words",
+    [
+        (break_weights, [46], ["step 23: loss nan is a divergence: learning-rate multipliers are capped at 0.5"]),
+        (break_weights, [6], ["step 3: loss nan is a divergence"]),  # there is nothing older than the start
+        (break_gradient, [46], ["step 23: loss nan is a spike, but the weights do well on the last good batch"]),
+        (break_gradient, [0, 20], ["step 0: loss nan is a spike", "step 10: loss nan is a spike"]),
+    ],
+)
+def test_nan_in_weights_or_gradients(base, train, undisturbed, disturb, do, at, words):
+    disturb(at, do)
+    assert train("nan") == 0
+    result, events, _ = left(base, "nan")
+    assert len(events) == len(words) and all(event.startswith(word) for event, word in zip(events, words)), events
+    assert result["val_bpb"] < undisturbed + 0.15
+
+
+@pytest.mark.parametrize("controller", ["Leap", "LeapAndStay"])
+def test_a_thousandfold_learning_rate(base, train, undisturbed, controller):
+    assert train("leap", "--controller", f"tests.test_divergence_guard:{controller}") == 0
+    result, events, losses = left(base, "leap")
+    assert 1 <= len(events) <= 3 and all("divergence" in event for event in events), events
+    assert max(list(losses.values())[40:]) < losses[0] and result["val_bpb"] < undisturbed + 0.3
+
+
+@pytest.mark.parametrize(
+    "steps, spoil",
+    [
+        ({0}, lambda targets: torch.full_like(targets, -1)),  # nothing to predict: the mean of no losses is NaN
+        ({20, 21, 22}, lambda targets: torch.full_like(targets, -1)),
+        ({55}, lambda targets: (targets + 150) % 300),  # nonsense, of a finite loss
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["muon-adamw", "schedule-free"])
+def test_poisoned_batches_are_skipped(base, train, undisturbed, poison, steps, spoil, optimizer):
+    poison(steps, spoil)
+    assert train("poison", "--optimizer", optimizer, "--sf-lr", "0.1") == 0
+    result, events, _ = left(base, "poison")
+    assert [event.split(":")[0] for event in events] == [f"step {step}" for step in sorted(steps)], events
+    assert all("its update is skipped" in event for event in events)
+    assert optimizer != "muon-adamw" or result["val_bpb"] < undisturbed + 0.1
+
+
+def test_off_and_giving_up_are_one_clear_line(base, train, poison, disturb):
+    poison({20}, lambda targets: torch.full_like(targets, -1))
+    with pytest.raises(UserError, match="diverged at step 20 .loss nan. and --max-recoveries is 0"):
+        train("off", "--max-recoveries", "0")
+    disturb(range(46, 2000), break_weights)
+    with pytest.raises(UserError, match="after 3 tries to mend it; lower the learning rates"):
+        train("lost", "--max-recoveries", "3")
+    assert sorted(
+        p.name for p in (base / "runs" / "recovery" / "lost" / "checkpoints").iterdir()
+    )  # what was saved is there
+
+
+def test_without_checkpoints_there_is_no_way_back(train, disturb):
+    disturb([46], break_weights)
+    with pytest.raises(UserError, match="no checkpoint to go back to; give --save-every"):
+        train("nowhere", "--save-every", "0")
+
+
+@pytest.mark.parametrize("save_every", ["10", "1"])
+def test_killed_after_a_recovery_and_resumed_is_undisturbed(base, train, poison, monkeypatch, save_every):
+    """A spike, a divergence, deaths before and after each of them: the same bits and the same log as without deaths."""
+    flags = ("--controller", "tests.test_divergence_guard:Leap", "--save-every", save_every, "--resume", "auto")
+    poison({12, 33}, lambda targets: torch.full_like(targets, -1))
+    assert train(f"whole-{save_every}", *flags) == 0
+    get, deaths = DataLoader.get, [11, 13, 24, 22, 34, 47]
+
+    def deadly(self, step, micro_step=0):
+        if deaths and step == deaths[0] and self._rows.split == "train" and torch.is_grad_enabled():
+            deaths.pop(0)
+            raise Killed
+        return get(self, step, micro_step)
+
+    monkeypatch.setattr(DataLoader, "get", deadly)
+    while deaths:
+        with pytest.raises(Killed):
+            train(f"torn-{save_every}", *flags)
+    assert train(f"torn-{save_every}", *flags) == 0
+
+    folders = [base / "runs" / "recovery" / f"{name}-{save_every}" for name in ("whole", "torn")]
+    whole, torn = (safetensors.torch.load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(whole[name], torn[name]) for name in whole)
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")}
+            for line in (folder / "log.jsonl").read_text().splitlines()
+        ]
+        for folder in folders
+    ]
+    assert repr(logs[0]) == repr(logs[1]) and sum("event" in record for record in logs[0]) >= 3  # repr: NaN is not NaN
