@@ -23,7 +23,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, base_dir, derive_seed, print0, read_json, run_main, write_json
+from nanochat.common import UserError, base_dir, derive_seed, print0, run_main
+from nanochat.files import read_json, write_json
 
 SHARD_NAME = "shard_{:05d}.parquet"
 FINEWEB_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanochat.common import Compute, UserError, base_dir, print0, write_json
+from nanochat.common import Compute, UserError, base_dir, print0
 from nanochat.dataset import iter_texts, split_shards
+from nanochat.files import write_json
 from nanochat.tokenizer import Tokenizer
 
 FORMAT = 1  # of the cache and of the row plans beside it: a change of either rule must change it

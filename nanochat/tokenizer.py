@@ -17,7 +17,8 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanochat.common import UserError, base_dir, read_json, write_json
+from nanochat.common import UserError, base_dir
+from nanochat.files import read_json, write_json
 
 FORMAT = 1
 FILE_NAME = "tokenizer.json"

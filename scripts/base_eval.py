@@ -11,10 +11,11 @@ import argparse
 import torch
 
 from nanochat.checkpoint import check_tensors, load_model_weights, untrusted
-from nanochat.common import UserError, init_compute, print0, read_json, run_main
+from nanochat.common import UserError, init_compute, print0, run_main
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import resolve_data
 from nanochat.engine import generate
+from nanochat.files import read_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
 from nanochat.token_cache import TokenCache

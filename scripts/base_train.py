@@ -29,18 +29,7 @@ from nanochat.checkpoint import (
     set_rng_state,
     untrusted,
 )
-from nanochat.common import (
-    Compute,
-    RunLog,
-    Stopwatch,
-    UserError,
-    derive_seed,
-    format_seconds,
-    init_compute,
-    print0,
-    run_main,
-    seed_everything,
-)
+from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
 from nanochat.dataloader import DataLoader, fixed_batches
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.divergence_guard import REACH, DivergenceGuard
@@ -49,6 +38,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
 from nanochat.lr_schedule import base_hparams, set_momentum
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
+from nanochat.run_log import RunLog, Stopwatch, format_seconds
 from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder

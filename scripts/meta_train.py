@@ -24,22 +24,11 @@ from jel.learn.workers import ParallelTask
 from jel.policy import GaussianPolicy, save_policy
 from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
-from nanochat.common import (
-    Compute,
-    RunLog,
-    Stopwatch,
-    UserError,
-    derive_seed,
-    environment_record,
-    format_seconds,
-    init_compute,
-    print0,
-    run_main,
-    seed_everything,
-)
+from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
+from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.presets import add_preset_flag, parse_with_preset

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from nanochat.common import Compute, UserError, base_dir, print0, read_json
+from nanochat.common import Compute, UserError, base_dir, print0
+from nanochat.files import read_json
 from nanochat.gpt import VE_GATE_CHANNELS, GPTConfig
 
 LARGEST = sys.float_info.max  # inf is above it

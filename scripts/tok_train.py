@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.common import UserError, print0, read_json, run_main, write_json
+from nanochat.common import UserError, print0, run_main
 from nanochat.dataset import iter_texts, resolve_data, split_shards
+from nanochat.files import read_json, write_json
 from nanochat.token_cache import shard_records
 from nanochat.tokenizer import FILE_NAME, SPLIT_PATTERN, Tokenizer, tokenizer_folder
 from scripts.presets import add_preset_flag, parse_with_preset

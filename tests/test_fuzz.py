@@ -22,8 +22,9 @@ from jel.errors import JelError
 from jel.policy import GaussianPolicy, _digest, load_policy, policy_files, save_policy
 from jel.schedule import ScheduleController, export_schedule, load_schedule
 from nanochat.checkpoint import load_checkpoint, save_checkpoint
-from nanochat.common import UserError, read_log, run_main
+from nanochat.common import UserError, run_main
 from nanochat.dataset import iter_texts, split_shards
+from nanochat.run_log import read_log
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, meta_train
 from scripts.sweep import __main__ as sweep

@@ -13,8 +13,9 @@ import pytest
 
 from jel.errors import JelError
 from jel.policy import load_policy
-from nanochat.common import UserError, read_log
+from nanochat.common import UserError
 from nanochat.preemption import REQUEUE_EXIT_CODE
+from nanochat.run_log import read_log
 from scripts import meta_train
 from tests.conftest import ROOT
 

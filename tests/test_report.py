@@ -11,7 +11,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from nanochat.common import UserError, read_json, run_main
+from nanochat.common import UserError, run_main
+from nanochat.files import read_json
 from scripts.report import __main__ as report
 from scripts.report.evidence import LABELS, read_evidence
 from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3

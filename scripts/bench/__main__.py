@@ -24,17 +24,10 @@ from statistics import median, quantiles
 
 import torch
 
-from nanochat.common import (
-    UserError,
-    base_dir,
-    environment_record,
-    format_seconds,
-    init_compute,
-    print0,
-    run_main,
-    write_json,
-)
+from nanochat.common import UserError, base_dir, init_compute, print0, run_main
+from nanochat.files import write_json
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.run_log import environment_record, format_seconds
 from scripts import base_train, meta_train
 from scripts.bench.growth import growth_figure, measure
 from scripts.bench.worker import STEPS, Worker, ask, in_turn, run

@@ -14,7 +14,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from nanochat.common import UserError, base_dir, print0, run_main, write_json
+from nanochat.common import UserError, base_dir, print0, run_main
+from nanochat.files import write_json
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.report import tables
 from scripts.report.evidence import LABELS, Evidence, controller_cost, meta_run_equivalents, read_evidence

@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, read_json, read_log
+from nanochat.common import UserError
+from nanochat.files import read_json
+from nanochat.run_log import read_log
 from scripts.report.statistics import ratio, summarize, total
 
 LABELS = {"schedule_free": "Schedule-free", "jel": "JEL", "hand_tuned": "Hand-tuned", "suboptimal": "Suboptimal"}

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 
-from nanochat.common import format_seconds
+from nanochat.run_log import format_seconds
 from scripts.report.evidence import LABELS, Evidence, controller_cost, meta_run_equivalents, run_cost
 from scripts.report.statistics import compare, ratio, relative_change, summarize, total
 

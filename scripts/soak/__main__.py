@@ -31,7 +31,8 @@ from pathlib import Path
 from jel.errors import JelError
 from jel.policy import GaussianPolicy, save_policy
 from jel.schedule import export_schedule, save_schedule
-from nanochat.common import UserError, derive_seed, format_seconds, print0, run_main
+from nanochat.common import UserError, derive_seed, print0, run_main
+from nanochat.run_log import format_seconds
 from scripts.soak.faults import (
     Life,
     Subject,

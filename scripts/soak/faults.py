@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jel.controller import OBSERVATIONS, Controller
-from nanochat.common import read_log
 from nanochat.preemption import REQUEUE_EXIT_CODE
+from nanochat.run_log import read_log
 
 PATIENCE = 300.0  # seconds that one process may take before it counts as hanging
 POLL = 0.001

@@ -19,8 +19,9 @@ import torch
 
 from jel.controller import load_controller
 from jel.errors import JelError
-from nanochat.common import UserError, base_dir, print0, read_json, run_main, write_json
+from nanochat.common import UserError, base_dir, print0, run_main
 from nanochat.dataset import resolve_data
+from nanochat.files import read_json, write_json
 from nanochat.preemption import REQUEUE_EXIT_CODE
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint import untrusted
-from nanochat.common import Compute, UserError, format_seconds, print0, read_json, read_log
+from nanochat.common import Compute, UserError, print0
+from nanochat.files import read_json
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
+from nanochat.run_log import format_seconds, read_log
 from scripts import base_train
 from scripts.runs import check_same_flags, is_finished, resumable_flags, run_folder
 

@@ -1,0 +1,163 @@
+"""The record of a run: config.json, log.jsonl, result.json, and wandb where it is wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanochat.common import Compute, UserError
+from nanochat.files import write_json
+
+
+def environment_record(compute: Compute) -> dict:
+    """The command, versions, git commit and device of this process, for `config.json`."""
+    try:
+        commit = (
+            subprocess.run(
+                ["git", "describe", "--always", "--dirty"],
+                cwd=Path(__file__).parent,
+                text=True,
+                capture_output=True,
+                timeout=10,
+            ).stdout.strip()
+            or None
+        )
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    name = torch.cuda.get_device_name(compute.device) if compute.is_cuda else platform.processor() or platform.machine()
+    script = getattr(
+        sys.modules["__main__"].__spec__, "name", None
+    )  # as `python -m` was told; a path would be this machine's
+    command = ["python", "-m", script, *sys.argv[1:]] if script else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "command": command,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "device": name,
+        "world_size": compute.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+class NullLogger:
+    """Stands in for a wandb run: the same two methods, doing nothing."""
+
+    def log(self, values: dict) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def wandb_logger(name: str, config: dict, project: str = "nanochat"):
+    """A wandb run called `name`, or a `NullLogger` for `""` and `"dummy"` (off)."""
+    if name in ("", "dummy"):
+        return NullLogger()
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"--run {name} needs wandb, which is not installed: pip install wandb, or --run dummy"
+        ) from None
+    return wandb.init(project=project, name=name, config=config)
+
+
+class RunLog:
+    """A run's folder: `config.json` once, a line of `log.jsonl` per call, `result.json` at the end.
+
+    Only rank 0 writes. On resume, lines past the resumed step are dropped, so that the log reads as if the run had
+    never stopped; of the events (`recovery`: 1, 2, ...), those that come after the first `recoveries`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        compute: Compute,
+        resume_step: int | None = None,
+        recoveries: int = 0,
+        wandb_name: str = "",
+    ):
+        self.folder, self.active = folder, compute.is_main
+        self._wandb = NullLogger()
+        if not self.active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "log.jsonl"
+        self._keep(-1 if resume_step is None else resume_step, recoveries)
+        write_json(folder / "config.json", {"environment": environment_record(compute), **config})
+        self._wandb = wandb_logger(wandb_name, config)
+        self._file = open(self._path, "a", buffering=1)
+
+    def log(self, **record) -> None:
+        if self.active:
+            self._file.write(json.dumps(record) + "\n")
+            self._wandb.log(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records from `step` on, but for events: the run has gone back there."""
+        if self.active:
+            self._file.close()
+            self._keep(step, math.inf)
+            self._file = open(self._path, "a", buffering=1)
+
+    def _keep(self, step: int, recoveries: float) -> None:
+        lines = [
+            json.dumps(r) + "\n"
+            for r in read_log(self.folder)
+            if (r["recovery"] <= recoveries if "recovery" in r else r["step"] < step)
+        ]
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text("".join(lines))
+        os.replace(temporary, self._path)
+
+    def finish(self, **result) -> None:
+        if self.active:
+            write_json(self.folder / "result.json", result)
+            self._file.close()
+            self._wandb.finish()
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The records of `log.jsonl`, up to the first line that is none: a killed run may leave a torn one at the end."""
+    path, records = Path(folder) / "log.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not (isinstance(record, dict) and type(record.get("step")) is type(record.get("recovery", 0)) is int):
+            break
+        records.append(record)
+    return records
+
+
+class Stopwatch:
+    """Seconds left, from the steps done since the start (the first `skip` are warm-up and do not count)."""
+
+    def __init__(self, total: int, done: int = 0, skip: int = 1):
+        self.total, self.start, self.skip, self.t0 = total, done, skip, None
+
+    def tick(self, done: int) -> float | None:
+        """Call after each step; returns seconds left, or None while there is nothing to tell."""
+        if self.t0 is None:
+            if done - self.start >= self.skip:
+                self.t0, self.start = time.perf_counter(), done
+            return None
+        return (time.perf_counter() - self.t0) / (done - self.start) * (self.total - done)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """`75 -> '1m15s'`, None -> '?'."""
+    if seconds is None:
+        return "?"
+    minutes, s = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{s:02d}s" if minutes else f"{s}s"
