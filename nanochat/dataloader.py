@@ -175,6 +175,7 @@ class DataLoader:
         world_size: int = 1,
         start_row: int = 0,
         rows_per_step: int | None = None,
+        seed: int | None = None,
     ):
         self._micro_rows = batch_size * world_size
         rows_per_step = self._micro_rows if rows_per_step is None else rows_per_step

@@ -154,6 +154,10 @@ class MuonAdamW(torch.optim.Optimizer):
             for tensor in shard.state.values():
                 tensor.zero_()
 
+    def run_states(self) -> list[tuple[torch.Tensor, int]]:
+        """The state tensors of a batched model on one rank, each with the number of its run axis R."""
+        return [(t, 0 if shard.group["kind"] == "adamw" else 1) for shard in self._shards for t in shard.state.values()]
+
     def state_dict(self) -> dict:
         """`{group name: {tensor name: full tensor, "step": int}}`, independent of ranks; collective when N > 1."""
         return {shard.group["name"]: shard.state_dict() for shard in self._shards}

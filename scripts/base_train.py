@@ -18,9 +18,7 @@ from pathlib import Path
 
 import torch
 
-from jel.actions import IDENTITY, apply_multipliers, validate_multipliers
-from jel.controller import Controller, load_controller
-from jel.errors import JelError
+from jel import IDENTITY, Controller, JelError, apply_multipliers, load_controller, validate_multipliers
 from nanochat.checkpoint import (
     CheckpointWriter,
     check_tensors,
@@ -36,7 +34,7 @@ from nanochat.divergence_guard import REACH, DivergenceGuard
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
-from nanochat.lr_schedule import base_hparams, set_momentum
+from nanochat.lr_schedule import base_hparams
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, format_seconds
 from nanochat.schedule_free import ScheduleFreeMuon
@@ -449,7 +447,6 @@ def main() -> int:
         apply_multipliers(groups, base, guard.limit(multipliers))
         # ---- end of the hook ----
 
-        set_momentum(groups, step)
         if not skip:
             optimizer.step()
             guard.accept(step, train_loss)
