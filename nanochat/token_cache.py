@@ -84,11 +84,7 @@ class TokenCache:
     def documents(self, split: str, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Start and length, in tokens, of the split's documents in one of its shards: two (documents,) int64."""
         offsets = np.load(self._path(shard, "offsets.npy"))
-        index = np.arange(len(offsets) - 1)
-        if split in ("val", "test"):
-            chosen = (index % 2 == 0) == (split == "val")
-        else:
-            chosen = (index % PROBE_EVERY == 0) == (split == "probe")
+        chosen = in_split(split, np.arange(len(offsets) - 1))
         return offsets[:-1][chosen], np.diff(offsets)[chosen]
 
     def tokens(self, shard: int) -> np.ndarray:
@@ -153,6 +149,13 @@ class TokenCache:
                 yield sum(len(text.encode("utf-8", "replace")) for text in texts)
         with atomic_file(self._path(shard, "offsets.npy")) as f:
             np.save(f, np.cumsum(lengths, dtype=np.int64))
+
+
+def in_split(split: str, index):
+    """Whether document `index` (an integer, or an array of them) of one of the split's shards belongs to `split`."""
+    if split in ("val", "test"):
+        return (index % 2 == 0) == (split == "val")
+    return (index % PROBE_EVERY == 0) == (split == "probe")
 
 
 def shard_records(paths: list[Path]) -> list[list]:
