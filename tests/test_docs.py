@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def test_files_that_are_named_exist(name):
     found = paths(DOCUMENTS[name].read_text())
     missing = [p for p in sorted(found) if not ((ROOT / p).exists() if "/" in p else p in FILES)]
     assert not missing, f"{name} names {missing}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_programs_that_are_named_exist(name):
+    for module in re.findall(r"-m ((?:scripts|nanochat)\.[\w.]+)", DOCUMENTS[name].read_text()):
+        assert importlib.util.find_spec(module), f"{name} names {module}"
 
 
 def test_paths_are_found_in_text():
