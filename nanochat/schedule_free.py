@@ -23,14 +23,21 @@ class ScheduleFreeMuon:
     """
 
     def __init__(
-        self, groups: list[dict], lr: float, weight_decay: float, warmup_steps: int, rank: int = 0, world_size: int = 1
+        self,
+        groups: list[dict],
+        lr: float,
+        weight_decay: float,
+        warmup_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        betas: tuple[float, float] = (0.9, 0.999),
     ):
         self.muon = MuonAdamW([g for g in groups if g["kind"] == "muon"], rank, world_size)
         self.params = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
         for p in self.params:  # the averages that it keeps in the weights' place stand still in bf16
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         self.free = schedulefree.AdamWScheduleFree(
-            self.params, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps
+            self.params, lr=lr, betas=betas, weight_decay=weight_decay, warmup_steps=warmup_steps
         )
         self.world_size = world_size
         self.param_groups = self.muon.param_groups  # what a base schedule and a controller may set

@@ -114,6 +114,14 @@ def flags() -> argparse.ArgumentParser:
     flag("--sf-lr", type=float, default=2.0)
     flag("--sf-wd", type=float, default=0.0)
     flag("--sf-warmup", type=int, default=0, help="steps")
+    flag("--sf-beta1", type=float, default=0.9)
+    flag("--sf-beta2", type=float, default=0.999)
+    flag(
+        "--sf-muon-schedule",
+        choices=["constant", "warmdown"],
+        default="constant",
+        help="of Muon's rate and decay in a schedule-free run; warmdown: the base schedule, as in the other runs",
+    )
     flag("--controller", default="none", help="none, jel, schedule, or PYTHON.PATH:Class")
     flag("--policy", help="the controller's policy (or schedule) file; default: the policy shipped with the package")
     flag("--decision-interval", type=int, default=50, help="steps between the controller's decisions")
@@ -235,9 +243,16 @@ def main() -> int:
         "final_wd_frac": 0.0,
     }
     if args.optimizer == "schedule-free":
-        schedule = {"warmup_ratio": 0.0, "warmdown_ratio": 0.0, "final_lr_frac": 1.0, "final_wd_frac": 1.0}
+        if args.sf_muon_schedule == "constant":
+            schedule = {"warmup_ratio": 0.0, "warmdown_ratio": 0.0, "final_lr_frac": 1.0, "final_wd_frac": 1.0}
         optimizer = ScheduleFreeMuon(
-            optimizer.param_groups, args.sf_lr, args.sf_wd, args.sf_warmup, compute.rank, compute.world_size
+            optimizer.param_groups,
+            args.sf_lr,
+            args.sf_wd,
+            args.sf_warmup,
+            compute.rank,
+            compute.world_size,
+            betas=(args.sf_beta1, args.sf_beta2),
         )
         for group in optimizer.param_groups:  # the paper's Table 3: Muon at 0.02 / 0.2, nothing scheduled
             group["initial_lr"], group["initial_wd"] = args.matrix_lr, args.weight_decay
@@ -548,7 +563,8 @@ def check_flags(args: argparse.Namespace) -> None:
                 "max_recoveries",
             ],
             (0, 1): ["warmup_ratio", "warmdown_ratio"],
-            (0, 0.9999): ["adam_beta1", "adam_beta2"],
+            (0, 0.9999): ["adam_beta1", "adam_beta2", "sf_beta2"],
+            (0.01, 0.9999): ["sf_beta1"],  # eval() divides by it
             (1e-6, LARGEST): ["target_param_data_ratio"],
         },
     )

@@ -45,6 +45,22 @@ def test_a_preset_with_an_unknown_key_is_refused(monkeypatch):
         presets.parse_with_preset(base_train.flags(), "base_train", ["--preset", "smoke"])
 
 
+def test_seeds_and_test_tokens_of_the_presets(monkeypatch, capsys):
+    seeds, tokens = {}, {}
+    for preset in presets.PRESETS:
+        monkeypatch.setattr("sys.argv", ["presets", preset])
+        presets.main()
+        name, _, *listed = capsys.readouterr().out.split()
+        assert name == preset
+        seeds[preset] = [int(seed) for seed in listed]
+        tokens[preset] = presets.parse_with_preset(base_train.flags(), "base_train", ["--preset", preset]).test_tokens
+    assert seeds == {"paper": [42, 43, 44], "tiny": [42, 43, 44, 45, 46], "smoke": [42]}
+    assert tokens == {"paper": 20 * 524288, "tiny": 65536, "smoke": 1024}
+    monkeypatch.setattr("sys.argv", ["presets", "huge"])
+    with pytest.raises(UserError, match="there is no preset 'huge'"):
+        presets.main()
+
+
 def test_auto_is_tiny_without_a_gpu_and_paper_with_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert presets.resolve_preset("auto") == "tiny"
