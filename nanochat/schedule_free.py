@@ -60,6 +60,10 @@ class ScheduleFreeMuon:
         self.muon.step()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.free.zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers; collective when N > 1. Taken in train mode it resumes bit for bit."""
         tensors = {f"{i}.{key}": t.clone() for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jel.actions import IDENTITY
+from jel import IDENTITY
 from jel.controller import Controller
 from nanochat.common import UserError
 from nanochat.dataloader import DataLoader
