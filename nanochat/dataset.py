@@ -41,12 +41,12 @@ EMBEDDED_SHARD_CHARS = 9 << 17  # characters; gives about 8 shards
 
 
 def resolve_data(data: str | None = None) -> Path:
-    """The folder of shards that `data` names, built first where need be.
+    """The folder of shards that `data` names; it is built if it does not exist yet.
 
     None or `"embedded"`: the embedded corpus, built on first use and kept, so that a new Python does not change it.
     `"fineweb-edu"`: what `-n` downloaded. A folder with `*.parquet`: used in place. A folder with `*.jsonl` or `*.txt`
-    at any depth: made into shards once, and again when one of its files changes. Prints a line about it.
-    Raises `UserError` for anything else, and for shards that cannot serve (see `split_shards`).
+    at any depth: made into shards once, and again when one of its files changes. Prints one line about the corpus.
+    Raises `UserError` for anything else, and for shards that cannot be used (see `split_shards`).
     """
     root = base_dir() / "data"
     if data in (None, "embedded"):
@@ -55,7 +55,7 @@ def resolve_data(data: str | None = None) -> Path:
             build_embedded(folder)
     elif data == "fineweb-edu":
         folder = root / "fineweb-edu"
-        if not (folder / SHARD_NAME.format(FINEWEB_LAST)).exists():  # else the last training shard would be held out
+        if not (folder / SHARD_NAME.format(FINEWEB_LAST)).exists():  # else a training shard would be held out
             raise UserError(f"{folder} lacks the FineWeb-Edu shards; get some with: python -m nanochat.dataset -n 8")
     else:
         folder = Path(data).expanduser().resolve()
@@ -112,7 +112,7 @@ def iter_texts(path: Path, row_groups: range | None = None) -> Iterator[list[str
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """Read a shard's footer; raises `UserError` if it is no parquet file or has no string column `text`."""
+    """Read a shard's footer; raises `UserError` unless it is a parquet file with a string column `text`."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         columns = {field.name: field.type for field in file.schema_arrow}
@@ -126,14 +126,15 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def corrupt(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read as parquet ({str(error).partition(chr(10))[0]}); delete it and get or make it again"
+    reason = str(error).partition("\n")[0]
+    return f"{path} cannot be read as parquet ({reason}); delete it, then download or make it again"
 
 
 def corpus_record(folder: Path) -> dict:
     """What identifies a corpus, for a run's `config.json`: shards, shard_bytes, sha256.
 
-    For shards written here the hash is of the documents and comes from `manifest.json`, with the number of documents
-    and files and where they came from. For others it is of the shards' names and sizes.
+    For shards made by this module, `manifest.json` holds a hash of the documents, their number, the number of source
+    files and their origin. For other shards the hash is of their names and sizes.
     """
     sizes = [(path.name, path.stat().st_size) for path in list_shards(folder)]
     record = {"shards": len(sizes), "shard_bytes": sum(size for _, size in sizes)}
@@ -214,7 +215,7 @@ def convert_texts(source: Path, root: Path) -> Path:
     if not files:
         raise UserError(f"{source} holds no .parquet shards, and no .jsonl or .txt files to make them of")
     stats = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(json.dumps([str(source), stats]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([str(source), stats, HELD_OUT]).encode()).hexdigest()[:8]
     folder = root / f"{source.name}-{key}"
     if not folder.exists():
         print0(f"making shards of {len(files)} files, {sum(size for _, size, _ in stats) / 1e6:.1f} MB, in {source}")

@@ -137,6 +137,41 @@ def test_adamw_part_is_the_packages_with_its_rate_and_muon_part_is_muons():
     assert all(torch.equal(a, b) for a, b in zip(params_of(ours), [*free, *matrices]))
 
 
+@pytest.mark.parametrize("betas", [None, (0.95, 0.99)])
+def test_betas_are_the_packages_unless_given(betas):
+    ours, start = make(**({} if betas is None else {"betas": betas})), values(make())
+    free = [nn.Parameter(p) for p in start[:2]]
+    package = schedulefree.AdamWScheduleFree(
+        free, lr=0.05, weight_decay=0.1, warmup_steps=3, **({} if betas is None else {"betas": betas})
+    )
+    package.train()
+    for step in range(4):
+        train(ours, step)
+        for i, p in enumerate(free):
+            p.grad = gradient(step, i, p)
+        package.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.params, free))
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.9), (0.9, 1.0), (float("nan"), 0.9)])
+def test_betas_outside_0_to_1_are_refused(betas):
+    with pytest.raises(ValueError, match="betas"):
+        make(betas=betas)
+
+
+def test_a_schedule_may_set_rate_decay_and_momentum_of_muon():
+    plain, scheduled, rate = make(), make(), torch.zeros(())
+    scheduled.param_groups[0]["lr"] = rate
+    for step in range(3):
+        plain.param_groups[0].update(lr=0.5**step, weight_decay=0.1 * step, momentum=0.85 + 0.01 * step)
+        scheduled.param_groups[0].update(weight_decay=0.1 * step, momentum=0.85 + 0.01 * step)
+        rate.fill_(0.5**step)
+        train(plain, step)
+        train(scheduled, step)
+    assert all(torch.equal(a, b) for a, b in zip(values(plain), values(scheduled)))
+    assert not torch.equal(values(plain)[2], values(make())[2])
+
+
 def test_evaluated_weights_differ_from_trained_ones_and_come_back():
     optimizer = make()
     train(optimizer, 0, 1, 2, 3)
