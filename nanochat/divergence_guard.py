@@ -61,6 +61,10 @@ class DivergenceGuard:
         spread = 1.4826 * median(abs(x - middle) for x in self.recent)  # the standard deviation, were they Gaussian
         return loss > highest and loss - middle > max(THRESHOLD * spread, FLOOR * middle)
 
+    def accept(self, step: int, loss: float) -> None:
+        """Take the loss of `step` into the history."""
+        self.recent, self._accepted = [*self.recent[1 - WINDOW :], loss], step
+
     def judge(self, step: int, loss: float, loss_of: Callable[[int], float]) -> Verdict:
         """What is to become of the update of `step`, whose loss is `loss`; counts a new spike as a recovery.
 
@@ -70,7 +74,7 @@ class DivergenceGuard:
         if step in self.skipped:
             return Verdict.SKIP
         if not self.is_spike(loss):
-            self.recent, self._accepted = [*self.recent[1 - WINDOW :], loss], step
+            self.accept(step, loss)
             return Verdict.TAKE
         self.count(f"the run diverged at step {step} (loss {loss:.4g})")
         # the last step accepted, or the next one if none was: its batch tells whether the weights are sound

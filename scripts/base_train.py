@@ -37,6 +37,10 @@ from scripts.run_state import Progress, RunState, checkpoints_to_keep
 from scripts.runs import LARGEST, check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
 from scripts.training_log import TrainingLog
 
+SKIPPED = (
+    "step {step}: loss {loss:.4g} is a spike, but the weights do well on the last good batch: its update is skipped"
+)
+
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
 
@@ -183,7 +187,7 @@ def main() -> int:
     # what changes from here on, and resuming it
 
     if controller and args.decision_interval > num_iterations:
-        print0("warning: --decision-interval is longer than the run: the controller decides once, at the start")
+        print0(f"warning: a decision every {args.decision_interval} steps: the controller decides once, at the start")
     guard, progress = DivergenceGuard(args.max_recoveries), Progress()
     parts = {"model": model, "optimizer": optimizer, "controller": controller, "guard": guard, "progress": progress}
     state = RunState(folder, args, MAY_CHANGE, compute, checkpoints_to_keep(args.save_every), **parts)
@@ -231,7 +235,7 @@ def main() -> int:
             step, watch = back, Stopwatch(num_iterations, done=back)
             continue
         if judge.verdict is Verdict.SKIP_SPIKE:
-            log.event(step, f"step {step}: loss {judge.loss:.4g} is a spike: this batch is left out", guard.tries)
+            log.event(step, SKIPPED.format(step=step, loss=judge.loss), guard.tries)
         if judge.verdict is Verdict.TAKE:
             progress.took(judge.loss)
             if controller and "grad_norm" in controller.observes and (step + 1) % args.decision_interval == 0:
