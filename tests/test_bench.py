@@ -159,6 +159,13 @@ def test_a_worker_measures_data_episodes_and_the_controller(worker):
     assert 0 < milliseconds.ours < 50 and percent.ours == pytest.approx(milliseconds.ours / 1e3 / (50 * 0.1) * 100)
 
 
+def test_a_vocabulary_larger_than_the_text_allows_is_cut_to_what_it_allows(worker):
+    """The paper preset asks for 32,768 tokens of a corpus that is small on purpose."""
+    found = ask(worker, {"case": "data", "files": 20, "vocab_size": 32768, "seconds": 0.05})
+    assert 300 < found["vocab_size"] < 32768 and found["cache_mb_per_s"] > 0
+    assert f"vocabulary of {found['vocab_size']}" in bench.line(bench.data_rows(found, fastest=10.0)[0])
+
+
 def test_a_worker_that_fails_is_told_of_in_one_line():
     with Worker("cpu") as worker, pytest.raises(UserError, match="failed; the reason stands above"):
         run(worker, {"case": "nothing of the kind"})

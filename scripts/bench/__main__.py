@@ -255,7 +255,8 @@ def sweep_rows(shape: dict, workers: list[Worker], seconds: float) -> list[Row]:
 
 def data_rows(found: dict, fastest: float) -> list[Row]:
     """From `case_data`'s result and the fastest step's tokens/s."""
-    rows = [Row("token cache, built", "MB/s a core", found["cache_mb_per_s"], target=">= 5")]
+    note = f"vocabulary of {found['vocab_size']}"
+    rows = [Row("token cache, built", "MB/s a core", found["cache_mb_per_s"], target=">= 5", note=note)]
     for T, rate in found["loader"].items():
         rows.append(
             Row(
