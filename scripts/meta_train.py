@@ -187,7 +187,7 @@ def main() -> int:
     seed_everything(derive_seed(args.seed, "meta"))
     stop = StopRequest(compute)
     folder = run_folder(args.model_tag)
-    lock = hold(folder, compute, wait=args.resume == "auto")  # until this process ends
+    _lock = hold(folder, compute, wait=args.resume == "auto")  # open until this process ends
     if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
@@ -378,7 +378,7 @@ def workers_for(given: int, compute: Compute) -> int:
         raise UserError(f"--episode-workers is {given}; give 1 or more, or -1 to choose it here")
     if given > 1 and compute.is_cuda:
         raise UserError(
-            f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, and torchrun uses several GPUs"
+            f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, and torchrun uses several"
         )
     return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
 
