@@ -40,8 +40,8 @@ FEATURES = {
 
 def observations_of(features: Sequence[str]) -> frozenset[str]:
     """The observations that these features are made of. Raises `JelError` for an unknown feature."""
-    if unknown := [name for name in features if name not in FEATURES]:
-        raise JelError(f"unknown features {', '.join(map(str, unknown))}; there are {', '.join(FEATURES)}")
+    if unknown := [name for name in features if not isinstance(name, str) or name not in FEATURES]:
+        raise JelError(f"unknown features {', '.join(map(repr, unknown))}; there are {', '.join(FEATURES)}")
     return frozenset(FEATURES[name][0] for name in features)
 
 

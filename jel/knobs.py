@@ -43,9 +43,10 @@ class Knob:
     bounds: tuple[float, float] = (0.01, 100.0)
 
     def __post_init__(self) -> None:
-        named = all(isinstance(s, str) and s for s in (self.name, self.hyperparameter, *self.groups))
+        listed = isinstance(self.groups, tuple) and isinstance(self.bounds, tuple) and len(self.bounds) == 2
+        named = listed and all(isinstance(s, str) and s for s in (self.name, self.hyperparameter, *self.groups))
         if not named or not self.groups or len(set(self.groups)) < len(self.groups):
-            raise JelError(f"a knob needs a name, a hyperparameter and groups that differ, not {self}")
+            raise JelError(f"a knob needs a name, a hyperparameter, groups that differ and two bounds, not {self}")
         if self.scale not in SCALES:
             raise JelError(f"knob {self.name}: scale {self.scale!r} is none of {', '.join(SCALES)}")
         low, high = self.bounds
@@ -60,9 +61,11 @@ class Knob:
     def from_json(cls, record: Mapping) -> Knob:
         """The knob that `to_json` described. Raises `JelError` if it is none."""
         try:
+            if not isinstance(record["groups"], list):
+                raise TypeError("its groups are no list")
             fields = {**record, "groups": tuple(record["groups"]), "bounds": tuple(map(float, record["bounds"]))}
             return cls(**fields)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise JelError(f"{record!r} describes no knob ({e})") from None
 
 
@@ -116,9 +119,13 @@ def apply_multipliers(
     for values, own in zip(base, chosen, strict=True):
         if unknown := own.keys() - values.keys():
             raise JelError(f"multiplier for {_listed(unknown)}, but the base schedule sets only {_listed(values)}")
-    for group, values, own in zip(param_groups, base, chosen, strict=True):
-        for key, value in values.items():
-            _write(group, key, value * own.get(key, 1.0))
+    products = [
+        {key: value * own.get(key, 1.0) for key, value in values.items()}
+        for values, own in zip(base, chosen, strict=True)
+    ]
+    for group, product in zip(param_groups, products, strict=True):
+        for key, value in product.items():
+            _write(group, key, value)
 
 
 def _write(group: dict, key: str, value: float | Tensor) -> None:

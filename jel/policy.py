@@ -64,22 +64,17 @@ class GaussianPolicy(nn.Module):
         self.features, self.hidden, self.actions = tuple(features), hidden, LogScale(knobs)
         self.observes = observations_of(features)
         self.n_features, self.n_actions = len(self.features), len(self.knobs)
-        linear = lambda a, b: nn.utils.skip_init(nn.Linear, a, b)
-        self.net = nn.Sequential(
-            linear(self.n_features, hidden),
-            nn.Tanh(),
-            linear(hidden, hidden),
-            nn.Tanh(),
-            linear(hidden, 2 * self.n_actions),
-        )
+        sizes = (self.n_features, hidden), (hidden, hidden), (hidden, 2 * self.n_actions)
+        first, second, last = layers = [nn.utils.skip_init(nn.Linear, a, b) for a, b in sizes]
+        self.net = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for layer in (self.net[0], self.net[2]):
+            for layer in layers[:2]:
                 bound = layer.in_features**-0.5
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
-            nn.init.orthogonal_(self.net[4].weight, gain=INITIAL_OUTPUT_GAIN, generator=generator)
-            self.net[4].bias[: self.n_actions], self.net[4].bias[self.n_actions :] = 0.0, initial_log_std
+            nn.init.orthogonal_(last.weight, gain=INITIAL_OUTPUT_GAIN, generator=generator)
+            last.bias[: self.n_actions], last.bias[self.n_actions :] = 0.0, initial_log_std
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
@@ -204,7 +199,7 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
         features, knobs = card.get("features"), card.get("knobs")
         if not isinstance(features, list) or not isinstance(knobs, list):
             raise JelError("it lists no features or no knobs")
-        policy = GaussianPolicy([Knob.from_json(knob) for knob in knobs], features, card.get("hidden"))
+        policy = GaussianPolicy([Knob.from_json(knob) for knob in knobs], features, card.get("hidden", 0))
     except JelError as e:
         raise JelError(f"policy card {card_path}: {e}") from None
     if _digest(data, policy.architecture()) != card.get("sha256"):

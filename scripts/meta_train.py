@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node 8 -m scripts.meta_train       the same policy from 8 GPUs, 1 episode each
     python -m scripts.meta_train --preset tiny --updates 10 --advantages standard     an ablation (paper 4.4)
 
-Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, policy.safetensors, policy.json, result.json.
+Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, policy.safetensors, policy.json,
+result.json.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def main() -> int:
     )
     if args.decision_interval > args.num_iterations:
         print0(
-            f"warning: a decision every {args.decision_interval} steps is more than the episode's {args.num_iterations}: "
-            "one decision an episode"
+            f"warning: a decision every {args.decision_interval} steps is more than the episode's "
+            f"{args.num_iterations}: one decision an episode"
         )
 
     # -------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def main() -> int:
     seed_everything(derive_seed(args.seed, "meta"))
     stop = StopRequest(compute)
     folder = run_folder(args.model_tag)
-    lock = hold(folder, compute, wait=args.resume == "auto")  # until this process ends
+    _lock = hold(folder, compute, wait=args.resume == "auto")  # open until this process ends
     if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
@@ -216,8 +217,8 @@ def main() -> int:
     chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
     workers = min(chunk, workers_for(args.episode_workers, compute))
     print0(
-        f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in {workers} process{'es' * (workers > 1)} "
-        f"(about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
+        f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in "
+        f"{workers} process{'es' * (workers > 1)} (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
     )
     make_task = partial(
         PretrainTask,
@@ -316,10 +317,10 @@ def main() -> int:
         records.append({key: record[key] for key in ("entropy", "return_mean")})
         log.log(**record)
         lr, wd = (record["multipliers"]["*"][key] for key in ("lr", "weight_decay"))
-        spots = (0, len(lr) // 2, -1)
+        shown = lambda values: "/".join(f"{values[i]:.3g}" for i in (0, len(values) // 2, -1))
         print0(
-            f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} best {record['return_best']:.4f} | "
-            f"entropy {record['entropy']:.3f} | lr x{'/'.join(f'{lr[i]:.3g}' for i in spots)} wd x{'/'.join(f'{wd[i]:.3g}' for i in spots)} | "
+            f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} "
+            f"best {record['return_best']:.4f} | entropy {record['entropy']:.3f} | lr x{shown(lr)} wd x{shown(wd)} | "
             f"episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(watch.tick(trainer.updates))}"
         )
         if record["episodes_alive"] < args.episodes:
@@ -377,7 +378,7 @@ def workers_for(given: int, compute: Compute) -> int:
         raise UserError(f"--episode-workers is {given}; give 1 or more, or -1 to choose it here")
     if given > 1 and compute.is_cuda:
         raise UserError(
-            f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, over several GPUs use torchrun"
+            f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, and torchrun uses several"
         )
     return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
 

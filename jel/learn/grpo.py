@@ -6,6 +6,7 @@ Shapes: E episodes (the group), K decisions, S features, A knobs, N samples of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +29,17 @@ def minibatches(
     """One epoch in random order, as (episode, decision) indices: of single decisions, or of whole episodes.
 
     Single decisions: about `size` alive ones at a time, two (N,). Whole episodes, for policies with a memory: those
-    with about `size` decisions at a time, (n, 1) and (1, K), which index (n, K) in the order of time.
+    with an alive decision, about `size` decisions at a time, (n, 1) and (1, K), which index (n, K) in order of time.
     """
-    E, K = alive.shape
+    K = alive.shape[1]
     if not whole_episodes:
         episodes, decisions = alive.nonzero(as_tuple=True)
         for i in torch.randperm(len(episodes), generator=generator).split(size):
             yield episodes[i], decisions[i]
         return
-    for i in torch.randperm(E, generator=generator).split(max(1, size // K)):
-        yield i[:, None], torch.arange(K)[None, :]
+    begun = alive.any(dim=1).nonzero().flatten()
+    for i in torch.randperm(len(begun), generator=generator).split(max(1, size // K)):
+        yield begun[i][:, None], torch.arange(K)[None, :]
 
 
 class PolicyUpdate:
@@ -80,7 +82,9 @@ class PolicyUpdate:
         `entropy` (nats per action dimension), `approx_kl` (old to new, the estimate mean(ratio - 1 - log ratio)) and
         `clip_fraction` (samples whose ratio lies outside the clip range). Raises `JelError` if no sample is alive.
         """
-        alive, states, actions, old = rollout.alive, rollout.states, rollout.actions, rollout.log_probs
+        alive, old = rollout.alive, rollout.log_probs
+        # whatever stands where an episode is not alive, a NaN there would spread through the gradient
+        states, actions = (torch.where(alive[..., None], x, 0.0) for x in (rollout.states, rollout.actions))
         if not alive.any():
             raise JelError("no episode of this update started with a finite probe loss; check the task, not the policy")
         advantages = self.advantages(self.returns(rollout.rewards, alive, self.gamma), alive)
@@ -94,7 +98,11 @@ class PolicyUpdate:
                     loss = loss - self.entropy_coef * self.policy.entropy(states[at])[counts].mean()
                 self.optimizer.zero_grad()
                 loss.backward()
-                norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]).item())
+                norms.append(
+                    torch.nn.utils.get_total_norm(
+                        [p.grad for p in self.policy.parameters() if p.grad is not None]
+                    ).item()
+                )
                 self.optimizer.step()
                 losses.append(loss.item())
         with torch.no_grad():
@@ -130,7 +138,7 @@ class PolicyUpdate:
                 value.copy_(state["optimizer"][name][key])
 
 
-def _layout(tree):
+def _layout(tree: Any) -> Any:
     """The shape of a nested dict: its keys, and at each leaf the tensor's shape."""
     if isinstance(tree, dict):
         return {key: _layout(value) for key, value in tree.items()}

@@ -99,4 +99,4 @@ class MetaTrainer:
 
 def columns(rows: list[Multipliers]) -> dict[str, dict[str, list[float]]]:
     """K decisions' multipliers -> {group: {hyperparameter: [K]}}."""
-    return {group: {key: [row[group][key] for row in rows] for key in rows[0][group]} for group in rows[0]}
+    return {group: {key: [float(row[group][key]) for row in rows] for key in rows[0][group]} for group in rows[0]}

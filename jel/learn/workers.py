@@ -102,7 +102,10 @@ class ParallelTask:
 
     def train(self, first_step: int, steps: int, multipliers: Multipliers) -> None:
         def share_of(rows: slice, share: range) -> tuple:
-            mine = {group: {key: value[rows] for key, value in own.items()} for group, own in multipliers.items()}
+            mine = {
+                group: {key: torch.as_tensor(value)[rows] for key, value in own.items()}
+                for group, own in multipliers.items()
+            }
             return first_step, steps, mine
 
         self._each("train", share_of)

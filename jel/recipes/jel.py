@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from jel.errors import JelError
 from jel.knobs import Knob
 from jel.learn.advantages import discounted_returns, group_advantages, standard_grpo_advantages
 from jel.learn.env import Env
@@ -47,6 +49,8 @@ class JelRecipe:
 
     def knobs(self) -> tuple[Knob, ...]:
         """One multiplier on every group's learning rate, one on its weight decay (3.3)."""
+        if not 1 < self.action_range <= 1e6:
+            raise JelError(f"action_range is {self.action_range}; it must lie above 1, and be at most 1e6")
         bounds = (1 / self.action_range, self.action_range)
         return Knob("lr", "lr", bounds=bounds), Knob("weight_decay", "weight_decay", bounds=bounds)
 
@@ -71,7 +75,7 @@ class JelRecipe:
         )
 
     def trainer(
-        self, task: Task, policy_seed: int, shuffle_seed: int, action_seed: int, chunk: int, **where
+        self, task: Task, policy_seed: int, shuffle_seed: int, action_seed: int, chunk: int, **where: Any
     ) -> MetaTrainer:
         """The whole meta-training loop over `task`; `where`: rank, world_size and stop_requested of `MetaTrainer`."""
         policy = self.policy(policy_seed)

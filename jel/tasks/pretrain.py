@@ -46,6 +46,10 @@ class PretrainTask:
     `schedule` holds the ratios of `base_hparams`. `probe_batches` batches of the probe split measure the loss.
     """
 
+    model: GPT
+    forward: Callable[[Tensor, Tensor], Tensor]
+    optimizer: MuonAdamW
+
     def __init__(
         self,
         config: GPTConfig,
@@ -102,7 +106,9 @@ class PretrainTask:
 
     def train(self, first_step: int, steps: int, multipliers: Multipliers) -> None:
         groups, device = self.optimizer.param_groups, self.compute.device
-        multipliers = {g: {key: m.to(device) for key, m in own.items()} for g, own in multipliers.items()}
+        multipliers = {
+            g: {key: torch.as_tensor(m).to(device) for key, m in own.items()} for g, own in multipliers.items()
+        }
         for step in range(first_step, first_step + steps):
             apply_multipliers(groups, base_hparams(groups, step, self.steps, **self.schedule), multipliers)
             self._train_loss = train_step(self.forward, self.optimizer, [self._batch(step)], self.compute)
@@ -132,8 +138,8 @@ class PretrainTask:
             return torch.stack([self.forward(x, y) for x, y in self.probes]).mean(0)
 
     def _grad_norm(self) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters()]
-        if gradients[0] is None:  # before the first step
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients:  # before the first step
             return torch.full_like(self._train_loss, float("nan"))
         squares = [g.flatten(1).to(torch.promote_types(g.dtype, torch.float32)).square().sum(1) for g in gradients]
         return torch.stack(squares).sum(0).sqrt()
@@ -151,7 +157,8 @@ class PretrainTask:
     def _build(self, e: int) -> None:
         """The batched model, its optimizer and its loader, for e episodes side by side."""
         self.close()
-        self.model = self._single = self.forward = self.optimizer = None  # freed before the next ones are made
+        for name in ("model", "_single", "forward", "optimizer"):
+            vars(self).pop(name, None)  # freed before the next ones are made
         device = self.compute.device
         with torch.device("meta"):
             self.model, self._single = GPT(self.config, runs=e), GPT(self.config)
@@ -170,7 +177,10 @@ class PretrainTask:
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(B, T) for all episodes, or (e, B, T) with data of their own."""
         batches = [loader.get(first + step) for loader, first in zip(self.loaders, self._first_steps, strict=True)]
-        return batches[0] if self.shared else tuple(torch.stack(t) for t in zip(*batches))
+        if self.shared:
+            return batches[0]
+        inputs, targets = zip(*batches)
+        return torch.stack(inputs), torch.stack(targets)
 
 
 # -----------------------------------------------------------------------------
