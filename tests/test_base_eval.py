@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 
-from nanochat.checkpoint import load_model_weights
+from nanochat.checkpoint import load_model_weights, save_weights
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
-from nanochat.weights import save_weights
 from scripts.base_eval import load_run
 from tests.conftest import run_script
 

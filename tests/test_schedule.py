@@ -9,7 +9,7 @@ import schedulefree
 import torch
 import torch.nn as nn
 
-from nanochat.lr_schedule import base_hparams, lr_factor, muon_momentum, set_momentum, wd_factor
+from nanochat.lr_schedule import base_hparams, lr_factor, muon_momentum, wd_factor
 from nanochat.optim import MuonAdamW
 from nanochat.schedule_free import ScheduleFreeMuon
 
@@ -55,7 +55,9 @@ def test_weight_decay_falls_to_its_end_or_stays():
 
 
 def test_momentum_rises_over_300_steps():
-    assert [muon_momentum(step) for step in (0, 150, 300, 301, 10_000)] == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95])
+    assert [muon_momentum(step, 561) for step in (0, 150, 300, 301, 10_000)] == pytest.approx(
+        [0.85, 0.9, 0.95, 0.95, 0.95]
+    )
 
 
 def test_base_hparams_start_from_each_groups_initial_values():
@@ -70,14 +72,20 @@ def test_base_hparams_start_from_each_groups_initial_values():
     assert groups == before  # writing is the hook's business
 
 
-def test_set_momentum_touches_muon_only():
-    groups = [{"kind": "muon", "momentum": 0.0}, {"kind": "adamw", "betas": (0.8, 0.95)}]
-    set_momentum(groups, 150)
-    assert groups == [{"kind": "muon", "momentum": pytest.approx(0.9)}, {"kind": "adamw", "betas": (0.8, 0.95)}]
+def test_a_shorter_run_ramps_the_momentum_over_the_same_share_of_itself():
+    assert [muon_momentum(k, 187) for k in range(0, 101, 10)] == pytest.approx(
+        [muon_momentum(3 * k, 561) for k in range(0, 101, 10)]
+    )
+    assert muon_momentum(150, 5610) == muon_momentum(150, 561)  # a longer one keeps the 300 steps
 
 
-# -----------------------------------------------------------------------------
-# schedule-free
+def test_momentum_is_a_base_value_of_muon_groups_alone():
+    groups = [
+        {"kind": "muon", "initial_lr": 1.0, "initial_wd": 0.0},
+        {"kind": "adamw", "initial_lr": 1.0, "initial_wd": 0.0},
+    ]
+    muon, adamw = base_hparams(groups, 150, 561, 0.0, 0.4, 0.0, 0.0)
+    assert muon["momentum"] == pytest.approx(0.9) and "momentum" not in adamw
 
 
 def make(seed: int = 0, **hyper) -> ScheduleFreeMuon:
