@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 import safetensors.torch
 import torch
 
 from jel.controller import Controller
+from nanochat.checkpoint import load_checkpoint
+from nanochat.common import Compute
+from nanochat.gpt import GPT, GPTConfig
+from scripts.run_state import Cost
 from tests.conftest import run_script
 
 SMOKE = ("--preset", "smoke", "--eval-every", "4", "--device-type", "cpu")
@@ -65,9 +71,66 @@ def test_a_run_leaves_its_record(base, train):
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert config["environment"]["torch"] == torch.__version__ and config["flags"]["num_iterations"] == 12
     assert [r["step"] for r in log if "loss" in r] == list(range(12))
-    assert [r["step"] for r in log if "val_bpb" in r] == [0, 4, 8, 12] and log[-1]["val_bpb"] == result["val_bpb"]
-    assert log[-1]["val_bpb"] < log[0]["val_bpb"]
+    validations = [r["val_bpb"] for r in log if "val_bpb" in r]
+    assert [r["step"] for r in log if "val_bpb" in r] == [0, 4, 8, 12] and validations[-1] == result["val_bpb"]
+    assert validations[-1] < validations[0]
+    assert log[-1] == {"step": 12, "test_bpb": result["test_bpb"]}  # read last, and once
     assert "sample:" in done.stdout and "step 00011/00012 | loss" in done.stdout
+    assert list(result) == [
+        *("val_bpb", "test_bpb", "train_loss", "seconds", "core_seconds", "flops", "decisions", "controller_seconds"),
+        *("steps", "tokens", "recoveries", "flags"),
+    ]
+    assert (result["steps"], result["tokens"], result["decisions"], result["recoveries"]) == (12, 12 * 256, 0, 0)
+    assert result["seconds"] == pytest.approx(sum(r["dt"] for r in log if "loss" in r))
+    assert result["core_seconds"] == result["seconds"] * config["environment"]["threads"]
+    with torch.device("meta"):
+        per_token = GPT(GPTConfig(**config["model"])).flops_per_token()
+    assert result["flops"] == pytest.approx(per_token * (12 * 256 + (4 + 1) * 1024 / 3))  # 4 validations, 1 test
+
+
+def test_the_test_split_is_read_only_if_asked_for_and_minus_one_is_off(base, train):
+    assert train("choosing", "--test-tokens", "0", "--eval-every", "-1", "--max-seq-len", "32").returncode == 0
+    folder = base / "runs" / "choosing"
+    result, log = json.loads((folder / "result.json").read_text()), (folder / "log.jsonl").read_text()
+    assert result["test_bpb"] is None and "test_bpb" not in log and log.count("val_bpb") == 1
+    assert not list((base / "data").rglob("plan_test_32_*"))
+
+
+def test_a_decision_uses_what_is_known_before_the_step(base, train):
+    """Before the first step nothing was observed; later, the loss and the gradient of the step before."""
+    flags = ("--controller", "tests.test_base_train:Doubler", "--decision-interval", "2", "--save-every", "11")
+    assert train("watched", *flags).returncode == 0
+    folder = base / "runs" / "watched"
+    losses = [r["loss"] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+    seen = load_checkpoint(folder / "checkpoints")[1]["controller"]["seen"]
+    assert [s["step"] for s in seen] == [0, 2, 4, 6, 8, 10] and [s["progress"] for s in seen][3] == 0.5
+    assert math.isnan(seen[0]["train_loss"]) and math.isnan(seen[0]["grad_norm"])
+    assert [s["train_loss"] for s in seen[1:]] == losses[1:11:2]
+    assert all(s["grad_norm"] > 0 for s in seen[1:]) and all(s["probe_loss"] > 0 for s in seen)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["decisions"] == 6 and 0 < result["controller_seconds"] < result["seconds"]
+
+
+@pytest.mark.parametrize(
+    "steps, total",
+    [
+        ([(9.0, True), (7.0, True), (1.0, False), (3.0, False)], 8.0),  # what compiled is charged at the mean
+        ([(1.0, False), (3.0, False)], 4.0),
+        ([(9.0, True), (7.0, True)], 16.0),  # nothing else was measured
+        ([], 0.0),
+    ],
+)
+def test_seconds_leave_out_compilation(steps, total):
+    cost = Cost()
+    for seconds, warm_up in steps:
+        cost.add_step(seconds, warm_up)
+    two_gpus = cost.total(256, 6.0, Compute(0, 2, torch.device("cuda")))
+    assert (two_gpus["seconds"], two_gpus["core_seconds"]) == (total, 2 * total)
+    again = Cost()
+    again.load_state_dict(json.loads(json.dumps(asdict(cost))))
+    assert again == cost
+    with pytest.raises(ValueError, match="its seconds is nan"):
+        again.load_state_dict({**asdict(cost), "seconds": math.nan})
 
 
 def test_identity_and_none_give_the_same_bits(base, train):
@@ -112,7 +175,7 @@ def test_killed_and_resumed_is_undisturbed(base, train, method):
 
 
 def test_micro_batches_change_nothing(base, train):
-    """Without the scalars: at init the true gradient of x0_lambdas is 0, and AdamW's first step makes its rounding noise large."""
+    """Without scalars: x0_lambdas begin with a gradient of rounding errors, which AdamW makes a full step of."""
     for tag, rows in (("whole-batch", "4"), ("micro", "1")):
         assert train(tag, "--device-batch-size", rows, "--scalar-lr", "0").returncode == 0
     a, b = (json.loads((base / "runs" / t / "result.json").read_text()) for t in ("whole-batch", "micro"))
@@ -124,6 +187,7 @@ def test_micro_batches_change_nothing(base, train):
     [
         (("--total-batch-size", "200"), ("does not divide", "nearest that does is 256")),
         (("--decision-interval", "0"), ("--decision-interval is 0",)),
+        (("--eval-every", "-2"), ("--eval-every is -2",)),
         (("--no-such-flag", "1"), ("unrecognized arguments",)),
         (("--controller", "jel", "--policy", "/nowhere/policy"), ("policy", "does not exist")),
         (("--controller", "no.such.module:Thing"), ("no.such.module",)),

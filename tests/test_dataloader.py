@@ -383,6 +383,17 @@ def test_thread_prefetches_ends_on_close_and_passes_on_its_errors(cache, monkeyp
     one.close()
 
 
+def test_the_thread_ends_with_the_program(cache, monkeypatch):
+    """A full queue that nobody empties any more must not keep the process, nor leave a thread for exit to kill."""
+    batches = loader(cache)
+    batches.get(0)
+    thread = batches._thread
+    assert thread.is_alive() and not thread.daemon
+    monkeypatch.setattr(threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: False))
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_batches_that_do_not_tile_a_step_are_refused(cache):
     for rows_per_step in (0, 10):
         with pytest.raises(UserError, match="not a multiple of 4 rows a batch x 2 ranks"):

@@ -9,6 +9,9 @@ import datetime
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
 from nanochat.preemption import StopRequest
 from nanochat.schedule_free import ScheduleFreeMuon
+from tests.conftest import ROOT
 
 T, V, CPU = 8, 70, torch.device("cpu")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -116,12 +120,56 @@ def two_ranks(rank: int, store: str) -> None:
     check_training(rank, "schedule-free", n_layer=3)
     check_evaluation(rank)
     check_stop(rank)
-    dist.barrier()  # gloo aborts in a rank that tears down after the other has gone
+    dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_ranks_are_one(tmp_path):
     mp.spawn(two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+# -----------------------------------------------------------------------------
+# the end of a process
+
+ENDING = """
+import glob, sys, torch
+from nanochat.common import UserError, init_compute, run_main
+
+def main():
+    compute = init_compute("cpu")
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)  # the first optimizer imports torch._dynamo
+    compute.barrier()
+    if "fail" in sys.argv:
+        raise UserError("it failed")
+    return 0
+
+try:
+    run_main(main)
+finally:
+    print(sorted(open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="the threads of a process are listed on Linux only")
+@pytest.mark.parametrize("how, status", [("well", 0), ("fail", 2)])
+def test_no_thread_of_gloo_outlives_the_process_group(how, status):
+    """One that runs while the interpreter shuts down ends the process, now and then, with SIGABRT."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    env.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    command, pipe = [sys.executable, "-c", ENDING, how], {"text": True, "stdout": subprocess.PIPE}
+    ranks = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(rank)}, **pipe) for rank in range(2)]
+    for rank in ranks:
+        threads = rank.communicate(timeout=120)[0]
+        assert rank.returncode == status and "python" in threads and "gloo" not in threads, threads
 
 
 # -----------------------------------------------------------------------------

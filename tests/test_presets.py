@@ -60,11 +60,46 @@ def test_seeds_and_test_tokens_of_the_presets(monkeypatch, capsys):
         presets.main()
 
 
-def test_auto_is_tiny_without_a_gpu_and_paper_with_one(monkeypatch):
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU, whatever this one has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(presets, "Path", lambda path: Path("/nowhere") / path.lstrip("/"))
+    monkeypatch.setattr(presets.shutil, "which", lambda tool: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_auto_is_tiny_without_a_gpu_and_paper_with_one(no_gpu, monkeypatch):
     assert presets.resolve_preset("auto") == "tiny"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert presets.resolve_preset("auto") == "paper"
+
+
+@pytest.mark.parametrize("sign", ["device file", "nvidia-smi", "CUDA_VISIBLE_DEVICES"])
+def test_a_gpu_that_torch_does_not_see_is_no_reason_for_tiny(no_gpu, monkeypatch, tmp_path, sign):
+    if sign == "device file":
+        monkeypatch.setattr(presets, "Path", lambda path: tmp_path)
+    elif sign == "nvidia-smi":
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text("#!/bin/sh\necho 'GPU 0: some model'\n")
+        tool.chmod(0o755)
+        monkeypatch.setattr(presets.shutil, "which", lambda name: str(tool))
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(UserError, match="this machine has a GPU .* torch .* does not see it; .* --preset tiny"):
+        presets.resolve_preset("auto")
+    assert presets.resolve_preset("tiny") == "tiny"  # asked for
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert presets.resolve_preset("auto") == "tiny"
+
+
+@pytest.mark.parametrize("output", ["exit 9", "echo 'No devices found'"])
+def test_nvidia_smi_without_a_gpu_is_no_evidence(no_gpu, monkeypatch, tmp_path, output):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{output}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(presets.shutil, "which", lambda name: str(tool))
+    assert presets.resolve_preset("auto") == "tiny"
 
 
 def test_the_paper_preset_is_table_2():
