@@ -81,8 +81,8 @@ def report_blocks(evidence: Evidence, figures: set[str]) -> list[Block]:
         (
             "p",
             "A run equivalent is the FLOPs of one run of a sweep's setting: forward and backward passes of its "
-            "training and one validation at its end. Probe, validation and test passes count wherever they are made, so "
-            "a method's run, with a validation curve and the test split, costs more than 1. Core-seconds are those of "
+            "training and one validation at its end. Probe, validation and test passes count wherever they are made, "
+            "so a method's run, with a validation curve and the test split, costs more than 1. Core-seconds are those of "
             "training steps: seconds times threads and ranks on a CPU, times GPUs on CUDA.",
         ),
         ("table", tables.controller_table(evidence)),
@@ -175,7 +175,8 @@ def rule() -> str:
     return (
         "Bits per byte (bpb) of the test split, which nothing that chooses anything has read; less is better. A seed "
         "is everything that is random: initialisation, data order, and for JEL its own meta-training. Two methods "
-        f"differ if the 95% interval of the paired difference, by Student's t over at least {MIN_SEEDS} seeds, leaves out 0. "
+        "differ if the 95% interval of the paired difference, by Student's t over at least "
+        f"{MIN_SEEDS} seeds, leaves out 0. "
         "Prices are in run equivalents (see Costs). A run that recovered from a divergence is marked."
     )
 
