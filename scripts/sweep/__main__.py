@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from jel.controller import load_controller
 from jel.errors import JelError
+from jel.registry import load_controller
 from nanochat.checkpoint import untrusted
 from nanochat.common import UserError, base_dir, print0, run_main
 from nanochat.dataset import resolve_data
