@@ -82,8 +82,8 @@ def report_blocks(evidence: Evidence, figures: set[str]) -> list[Block]:
             "p",
             "A run equivalent is the FLOPs of one run of a sweep's setting: forward and backward passes of its "
             "training and one validation at its end. Probe, validation and test passes count wherever they are made, "
-            "so a method's run, with a validation curve and the test split, costs more than 1. Core-seconds are those of "
-            "training steps: seconds times threads and ranks on a CPU, times GPUs on CUDA.",
+            "so a method's run, with a validation curve and the test split, costs more than 1. Core-seconds are those "
+            "of training steps: seconds times threads and ranks on a CPU, times GPUs on CUDA.",
         ),
         ("table", tables.controller_table(evidence)),
     ]
