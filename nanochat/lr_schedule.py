@@ -42,6 +42,6 @@ def base_hparams(
     momentum = muon_momentum(step, num_iterations)
     return [
         {"lr": g["initial_lr"] * lr, "weight_decay": g["initial_wd"] * wd}
-        | ({"momentum": momentum} if g["kind"] == "muon" else {})
+        | ({"momentum": momentum} if g.get("kind") == "muon" else {})
         for g in param_groups
     ]

@@ -46,3 +46,15 @@ def standard_grpo_advantages(returns: Tensor, alive: Tensor, eps: float = 1e-6) 
 def _mean_over_alive(x: Tensor, alive: Tensor) -> Tensor:
     """Mean over the episodes that are alive at each decision: (E, K) -> (1, K), 0 where none is."""
     return torch.where(alive, x, 0.0).sum(0, keepdim=True) / alive.sum(0, keepdim=True).clamp(min=1)
+
+
+def total_returns(rewards: Tensor, alive: Tensor, gamma: float) -> Tensor:
+    """One return for all decisions of an episode: the sum of its rewards, the total fall of the probe loss -> (E, K).
+
+    Right for noise that hardly changes within an episode: every decision then took part in all of the result.
+    `gamma` is not used: what counts is the end.
+    """
+    return torch.where(alive, rewards, 0.0).sum(1, keepdim=True).expand_as(rewards)
+
+
+RETURNS = {"reward-to-go": discounted_returns, "total": total_returns}

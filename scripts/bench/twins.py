@@ -1,12 +1,15 @@
-"""The straightforward form of a training step, as the January 2026 code base has it: what `scripts.bench` compares with.
+"""The straightforward form of a training step, as in the January 2026 nanochat: what `scripts.bench` compares with.
 
-Every operation apart and eager; full logits in three fp32 copies; AdamW tensor by tensor; Muon's parameters and gradients
-stacked and copied back in every step. It trains the very parameters of a `GPT`, so one step of it is one step of ours.
+Every operation on its own; full logits in fp32; AdamW tensor by tensor; Muon's parameters and gradients stacked and
+copied back in every step; attention by SDPA. That code base compiles the model and both updates: `compiled=True`, and
+`torch.compile(straight_loss)`. It trains the parameters of a `GPT`, so one step of it is one step of ours.
 
 B batch, T time, C width, H heads, K kv heads, D head dim, V vocabulary, M members of a Muon stack.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +63,57 @@ def straight_loss(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-class StraightOptimizer:
-    """AdamW and Muon on the param groups of a `MuonAdamW`; Muon's products in `product_dtype`."""
+def straight_adamw(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, lr, weight_decay, bias1, bias2, betas, eps) -> None:
+    """One AdamW step in place; the first four hyperparameters are floats or 0-D tensors. `bias1 = 1 - beta1^step`."""
+    beta1, beta2 = betas
+    p.mul_(1 - lr * weight_decay)
+    m.lerp_(grad, 1 - beta1)
+    v.lerp_(grad.square(), 1 - beta2)
+    p.sub_(m / bias1 / ((v / bias2).sqrt() + eps) * lr)
 
-    def __init__(self, param_groups: list[dict], product_dtype: torch.dtype | None = None):
-        self.param_groups, self.product_dtype = param_groups, product_dtype
+
+def straight_muon(
+    stack: Tensor, g: Tensor, buf: Tensor, second: Tensor, lr, weight_decay, momentum, beta2, product_dtype
+) -> Tensor:
+    """One Muon step: stack, g and buf (M, rows, cols), second (M, rows, 1) or (M, 1, cols) -> the new stack.
+
+    `buf` and `second` are updated in place; lr, weight_decay and momentum are floats or 0-D tensors.
+    """
+    rows, cols = stack.shape[1:]
+    buf.lerp_(g, 1 - momentum)
+    x = g.lerp(buf, momentum).to(product_dtype or g.dtype)
+    x = x.mT if rows > cols else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    g = (x.mT if rows > cols else x).to(g.dtype)
+    variance = g.square().mean(-1 if rows >= cols else -2, keepdim=True)
+    second.lerp_(variance, 1 - beta2)
+    scale = second.clamp_min(1e-10).rsqrt()
+    before, after = variance.sum((1, 2), True).sqrt(), (variance * scale.square()).sum((1, 2), True).sqrt()
+    g = g * scale * (before / after.clamp_min(1e-10))
+    lr = lr * max(1.0, rows / cols) ** 0.5
+    return stack - lr * g - lr * weight_decay * stack * (g * stack >= 0)
+
+
+class StraightOptimizer:
+    """AdamW and Muon on the param groups of a `MuonAdamW`; Muon's products in `product_dtype`.
+
+    `compiled`: both updates under torch.compile, one program per shape; a hyperparameter that changes over the run
+    enters them as a 0-D CPU tensor, so a change compiles nothing again.
+    """
+
+    def __init__(self, param_groups: list[dict], product_dtype: torch.dtype | None = None, compiled: bool = False):
+        self.param_groups, self.product_dtype, self.compiled = param_groups, product_dtype, compiled
         self.steps, self.state = 0, {}
+        wrap = partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda update: update
+        self._update_adamw, self._update_muon = wrap(straight_adamw), wrap(straight_muon)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -77,13 +125,16 @@ class StraightOptimizer:
             else:
                 self._muon(group)
 
+    def _values(self, like: Tensor, *values: float) -> list:
+        return [torch.tensor(value, dtype=like.dtype) for value in values] if self.compiled else [*values]
+
     def _adamw(self, p: Tensor, group: dict) -> None:
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        m, v = self.state.setdefault(p, (torch.zeros_like(p), torch.zeros_like(p)))
-        p.mul_(1 - lr * group["weight_decay"])
-        m.lerp_(p.grad, 1 - beta1)
-        v.lerp_(p.grad.square(), 1 - beta2)
-        p.sub_(m / (1 - beta1**self.steps) / ((v / (1 - beta2**self.steps)).sqrt() + group["eps"]) * lr)
+        beta1, beta2 = betas = group["betas"]
+        if p not in self.state:
+            self.state[p] = torch.zeros_like(p), torch.zeros_like(p)
+        corrections = 1 - beta1**self.steps, 1 - beta2**self.steps
+        values = self._values(p, group["lr"], group["weight_decay"], *corrections)
+        self._update_adamw(p, p.grad, *self.state[p], *values, betas, group["eps"])
 
     def _muon(self, group: dict) -> None:
         stack, g = torch.stack(group["params"]), torch.stack([p.grad for p in group["params"]])  # (M, rows, cols)
@@ -91,21 +142,8 @@ class StraightOptimizer:
         if group["name"] not in self.state:
             second = g.new_zeros(len(g), *((rows, 1) if rows >= cols else (1, cols)))
             self.state[group["name"]] = torch.zeros_like(g), second
-        buf, second = self.state[group["name"]]
-        buf.lerp_(g, 1 - group["momentum"])
-        x = g.lerp(buf, group["momentum"]).to(self.product_dtype or g.dtype)
-        x = x.mT if rows > cols else x
-        x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
-        for a, b, c in POLAR_EXPRESS:
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
-        g = (x.mT if rows > cols else x).to(g.dtype)
-        variance = g.square().mean(-1 if rows >= cols else -2, keepdim=True)
-        second.lerp_(variance, 1 - group["beta2"])
-        scale = second.clamp_min(1e-10).rsqrt()
-        before, after = variance.sum((1, 2), True).sqrt(), (variance * scale.square()).sum((1, 2), True).sqrt()
-        g = g * scale * (before / after.clamp_min(1e-10))
-        lr = group["lr"] * max(1.0, rows / cols) ** 0.5
-        stack = stack - lr * g - lr * group["weight_decay"] * stack * (g * stack >= 0)
-        for p, new in zip(group["params"], stack.unbind(0)):
-            p.copy_(new)
+        values = self._values(g, group["lr"], group["weight_decay"], group["momentum"])
+        state = self.state[group["name"]]
+        new = self._update_muon(stack, g, *state, *values, group["beta2"], self.product_dtype)
+        for p, value in zip(group["params"], new.unbind(0)):
+            p.copy_(value)

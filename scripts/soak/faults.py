@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from jel.controller import OBSERVATIONS, Controller
+from jel import OBSERVATIONS, Controller
 from nanochat.preemption import REQUEUE_EXIT_CODE
 from nanochat.run_log import read_log
 
@@ -39,7 +40,8 @@ class Watcher(Controller):
         self.seen: list[float] = []
 
     def decide(self, observation):
-        self.seen.append(observation["probe_loss"] + observation["grad_norm"])
+        grad_norm = observation["grad_norm"]
+        self.seen.append(observation["probe_loss"] + (grad_norm if math.isfinite(grad_norm) else 0.0))  # NaN at step 0
         return {"*": {"lr": 1.0 + 0.01 * (sum(self.seen) % 7), "weight_decay": 1.0}}
 
     def state_dict(self):
