@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         },
     },
     "smoke": {
-        "sweep": {"seeds": [42], "settings": 3},
+        "sweep": {"seeds": [42], "settings": 2},
         "tok_train": {"data": "embedded", "vocab_size": 320, "name": "smoke"},
         "base_train": {
             **_SMOKE,

@@ -163,7 +163,7 @@ def test_the_first_paragraph_says_whether_jel_beats_the_best_constant(runs, shif
             result.unlink()
     paragraph = first_paragraph(text_of(runs))
     assert paragraph.startswith(f"JEL ends at {statistics.mean(BPB['jel']):.4f} ± ") and words in paragraph
-    assert "JEL does worse than Hand-tuned" in paragraph and "JEL beats Schedule-free" in paragraph
+    assert "JEL does worse than the hand-tuned rates (+" in paragraph and "JEL beats schedule-free (-" in paragraph
 
 
 def test_results_record_keeps_its_contract(runs):

@@ -37,9 +37,13 @@ img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 
 
 def right_aligned(table: Table) -> list[bool]:
-    """Which columns hold numbers: those in which nothing begins like a word."""
+    """Which columns hold numbers: those in which nothing begins with a letter or has a word in it."""
+
+    def is_number(cell: str) -> bool:
+        return cell in EMPTY_CELLS or not (cell[:1].isalpha() or re.search("[A-Za-z]{2}", cell))
+
     header, rows = table
-    return [all(row[i] in EMPTY_CELLS or not row[i][:1].isalpha() for row in rows) for i in range(len(header))]
+    return [all(is_number(row[i]) for row in rows) for i in range(len(header))]
 
 
 # -----------------------------------------------------------------------------

@@ -19,6 +19,12 @@ CAPTIONS = {  # in the order of the report; a name is its files' stem
     "figure_meta_training": "Meta-training. Entropy in nats, mean of the two action dimensions (0.92 at the start, by "
     "the initial standard deviation), and the returns of each group of episodes: mean of the seeds, and their range.",
 }
+PROSE = {  # a method's name inside a sentence
+    "hand_tuned": "the hand-tuned rates",
+    "best_constant": "the best constant",
+    "schedule_free": "schedule-free",
+    "suboptimal": "the uniform base without a controller",
+}
 SECTION_TITLES = {
     "ablations": "Ablations and negative results",
     "equal_budget": "Controls at the same price",
@@ -106,10 +112,10 @@ def summary(evidence: Evidence) -> str:
         return "JEL was not measured: there is no finished run of it that read the test split."
     controls = [f"{row['name']}: {row['verdict']}" for row in evidence.sections.get("equal_budget", [])]
     others = [method for method in evidence.methods() if method not in ("jel", "best_constant")]
-    measured = [sentence(tables.label(m), tables.against(evidence, m)) for m in others if evidence.runs.get(m)]
+    measured = [sentence(PROSE.get(m, m), tables.against(evidence, m)) for m in others if evidence.runs.get(m)]
     parts = [
         f"JEL ends at {tables.mean_std(ours)} bits per byte of the test split.",
-        f"**{sentence('the best constant', tables.against(evidence, 'best_constant'))}**",
+        f"**{sentence(PROSE['best_constant'], tables.against(evidence, 'best_constant'))}**",
         *measured,
         *([f"Controls at the same price: {'; '.join(controls)}."] if controls else []),
     ]
