@@ -112,5 +112,5 @@ def test_an_episode_ends_with_the_weights_of_a_run(base, corpus, monkeypatch, co
     assert found.keys() <= want.keys()
     for name, p in found.items():
         assert not torch.equal(p, begun[name]) and not torch.equal(p[0], p[1]), name
-        print(name, (p[0] - want[name]).abs().max().item(), want[name].abs().max().item())
-        torch.testing.assert_close(p[0].detach(), want[name], rtol=1e-6, atol=1e-6 * want[name].abs().max().item())
+        small = 1e-6 * want[name].abs().max().item()  # where batched products round as single ones, the bits are equal
+        torch.testing.assert_close(p[0].detach(), want[name], rtol=1e-6, atol=small)
