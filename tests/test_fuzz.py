@@ -1,4 +1,4 @@
-"""Whatever a file or a flag holds: it is used, or refused in one line of the project's own; never a traceback, never a hang."""
+"""Whatever a file or a flag holds: it is used, or refused in one line of the project's own; no traceback, no hang."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def mutated(data: bytes, change) -> bytes:
 
 
 def altered(whole, change):
-    """A copy of the tree with one place in it set to junk, dropped, or joined by junk; now and then junk instead of it."""
+    """A copy of the tree with one place in it set to junk, dropped, or joined by junk; or, now and then, just junk."""
     path, how, junk = change
     if path[0] % 20 == 0:
         return junk
