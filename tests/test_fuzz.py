@@ -1,4 +1,4 @@
-"""Whatever a file or a flag holds: it is used, or refused in one line of the project's own; never a traceback, never a hang."""
+"""Whatever a file or a flag holds: it is used, or refused in one line of the project's own; no traceback, no hang."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def mutated(data: bytes, change) -> bytes:
 
 
 def altered(whole, change):
-    """A copy of the tree with one place in it set to junk, dropped, or joined by junk; now and then junk instead of it."""
+    """A copy of the tree with one place in it set to junk, dropped, or joined by junk; or, now and then, just junk."""
     path, how, junk = change
     if path[0] % 20 == 0:
         return junk
@@ -136,8 +136,8 @@ def test_policies_with_a_card_that_vouches_for_them(policy, tmp_path, change, da
     weights, card = policy_files(policy)
     hostile = altered(json.loads(card.read_text()), change)
     raw = mutated(weights.read_bytes(), data) if data[1] < 0.5 else weights.read_bytes()
-    if isinstance(hostile, dict) and "sha256" in hostile and isinstance(hostile.get("action_range"), float):
-        hostile["sha256"] = _digest(raw, hostile["action_range"])
+    if isinstance(hostile, dict) and {"sha256", "features", "hidden", "knobs"} <= hostile.keys():
+        hostile["sha256"] = _digest(raw, {key: hostile[key] for key in ("features", "hidden", "knobs")})
     (tmp_path / "p.safetensors").write_bytes(raw)
     (tmp_path / "p.json").write_text(json.dumps(hostile))
     with own_errors():
