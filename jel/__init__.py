@@ -1,21 +1,28 @@
-"""JEL: a learned controller for learning rate and weight decay. The names below are the public ones."""
+"""JEL: learned control of hyperparameters while a model trains. The names below are the public ones."""
 
-from jel.actions import IDENTITY, apply_multipliers
-from jel.controller import OBSERVATIONS, Controller, NullController, PolicyController, load_controller
+from jel.controller import Controller, Decision, NullController, PolicyController, as_decision
 from jel.errors import JelError
+from jel.features import FEATURES, OBSERVATIONS
+from jel.knobs import IDENTITY, Knob, Multipliers, apply_multipliers, validate_multipliers
 from jel.policy import GaussianPolicy, default_policy_path, load_policy, save_policy
+from jel.registry import load_controller
 from jel.schedule import ScheduleController, export_schedule, load_schedule, save_schedule
 
 __all__ = [
+    "FEATURES",
     "IDENTITY",
     "OBSERVATIONS",
     "Controller",
+    "Decision",
     "GaussianPolicy",
     "JelError",
+    "Knob",
+    "Multipliers",
     "NullController",
     "PolicyController",
     "ScheduleController",
     "apply_multipliers",
+    "as_decision",
     "default_policy_path",
     "export_schedule",
     "load_controller",
@@ -23,4 +30,5 @@ __all__ = [
     "load_schedule",
     "save_policy",
     "save_schedule",
+    "validate_multipliers",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from jel.errors import JelError
 
 
-def json_bytes(value) -> bytes:
+def json_bytes(value: Any) -> bytes:
     """The contents of a JSON file meant to be read by people too."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
@@ -44,7 +45,7 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise JelError(f"{what} {path} cannot be read ({e})") from None
 
 
-def read_json(path: Path, what: str):
+def read_json(path: Path, what: str) -> Any:
     """The value in a JSON file; raises `JelError`, which calls it `what`, if it is missing or malformed."""
     try:
         return json.loads(read_bytes(path, what))

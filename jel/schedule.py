@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 
-from jel.actions import ACTIONS, validate_multipliers
 from jel.controller import Controller
 from jel.errors import JelError
 from jel.files import json_bytes, read_json, write_files
+from jel.knobs import Multipliers, validate_multipliers
 from jel.policy import GaussianPolicy, multiplier_table, policy_digest
 
 FORMAT, VERSION = "jel-schedule", 1
@@ -26,10 +26,7 @@ def export_schedule(policy: GaussianPolicy, progresses: Sequence[float]) -> dict
 
     Raises `JelError` for other decision points, or a policy that is not one of progress alone.
     """
-    decisions = [
-        {"progress": row["progress"], "multipliers": {"*": {name: row[name] for name in ACTIONS}}}
-        for row in multiplier_table(policy, progresses)
-    ]
+    decisions = multiplier_table(policy, progresses)
     return _checked(
         {"format": FORMAT, "version": VERSION, "source": f"policy {policy_digest(policy)}", "decisions": decisions},
         "schedule",
@@ -58,9 +55,11 @@ def _checked(schedule: dict, what: str) -> dict:
     ):
         raise JelError(f"{what}: the progress of its decisions must start at 0, rise, and stay below 1")
     for i, decision in enumerate(decisions):
-        factors = decision.get("multipliers")
+        multipliers = decision.get("multipliers")
         try:
-            validate_multipliers(factors, factors)  # any group may be named: which ones the run has is not known here
+            validate_multipliers(
+                multipliers, multipliers
+            )  # any group may be named: which ones the run has is not known here
         except JelError as e:
             raise JelError(f"{what}, decision {i}: {e}") from None
     return schedule
@@ -77,7 +76,7 @@ class ScheduleController(Controller):
         self.decisions = copy.deepcopy(checked["decisions"])
         self.points = [d["progress"] for d in self.decisions]
 
-    def decide(self, observation: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    def decide(self, observation: Mapping[str, float]) -> Multipliers:
         held = self.decisions[bisect_right(self.points, observation["progress"]) - 1]
         return copy.deepcopy(held["multipliers"])
 

@@ -1,4 +1,4 @@
-"""Causal attention with an optional sliding window: one function, the best kernel that is present.
+"""Causal attention with an optional sliding window, by the fastest kernel available.
 
 B batch (runs folded in), T queries, S keys (S >= T while decoding), H heads, K kv heads, D head dim.
 """
@@ -20,10 +20,10 @@ FULL = -1  # a window that reaches back to the first token
 
 @cache
 def backend_for(device_type: str, compiled: bool) -> str:
-    """The kernel family used on this device: "fa3", "flex" or "sdpa".
+    """The kernels used on this device: "fa3", "flex" or "sdpa".
 
-    FlashAttention-3 needs its package and a Hopper GPU. FlexAttention is only fast inside `torch.compile`, where it
-    skips the blocks outside the window; otherwise SDPA with a mask.
+    FlashAttention-3 needs its package and a Hopper GPU. FlexAttention is fast inside `torch.compile` only, where it
+    skips the blocks outside the window. SDPA takes a mask for the window.
     """
     if device_type == "cuda":
         if torch.cuda.get_device_capability()[0] == 9 and flash_attention_3 is not None:
@@ -56,7 +56,7 @@ def attention(
 
         y = flex_attention(q, k, v, block_mask=_block_masks[T, window, q.device], enable_gqa=grouped)
     else:
-        mask = _mask.__wrapped__ if torch.compiler.is_compiling() else _mask  # a compiler sees through no cache
+        mask = _mask.__wrapped__ if torch.compiler.is_compiling() else _mask  # torch.compile cannot trace a cache
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask(T, S, window, q.device), enable_gqa=grouped)
     return y.transpose(1, 2)
 
@@ -72,7 +72,7 @@ _block_masks: dict[tuple[int, int, torch.device], object] = {}  # by T, window a
 
 
 def prepare_block_masks(T: int, windows: list[int], device: torch.device) -> None:
-    """Make FlexAttention's masks, before compilation: inside it they would be made anew in every step."""
+    """Make FlexAttention's masks before compilation; inside the compiled model, every step would make them again."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     for window in {w for w in windows if 0 <= w < T - 1 and (T, w, device) not in _block_masks}:

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import Compute, UserError, print0
+from nanochat.files import atomic_file
 
 FORMAT, TENSORS, STATE, MANIFEST = 1, "tensors.safetensors", "state.json", "manifest.json"
 SPACE_MARGIN = 2**20  # bytes beyond the data itself: headers, manifest, the file system's own bookkeeping
@@ -321,3 +322,13 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], description: dict) -> None:
+    """A finished model's weights in one .safetensors file, written atomically, `description` as JSON in its metadata.
+
+    Raises `OSError` if there is no room.
+    """
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
+    with atomic_file(path) as f:
+        f.write(safetensors.torch.save(tensors, metadata={"description": json.dumps(description)}))

@@ -1,10 +1,11 @@
-"""The model's pointwise parts, each with its backward by hand.
+"""RMSNorm, rotary embedding, MLP and residual mix, with backward passes written by hand for eager mode on a CPU.
 
-Eager autograd writes every intermediate of a formula to memory and keeps most of them; on a CPU that is where a small
-step's time goes. By hand each part keeps few tensors, its output among them where a product keeps that anyway.
-The plain forms are what the parts mean: `torch.compile` fuses those by itself, and bf16 needs their wider accumulation.
+Eager autograd writes every intermediate of a formula to memory and keeps most of them for backward; on a CPU this takes
+most of a small step's time. The hand-written forms keep few tensors, among them outputs that the next matrix product
+keeps anyway. The plain forms define what is computed and are used everywhere else: `torch.compile` fuses them, and
+their accumulation in bf16 is wider.
 
-T time, H heads, D head dim, C channels; leading axes are free.
+T time, H heads, D head dim, C channels, F hidden width of the MLP; leading axes are free.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether the hand-written form is taken: eager, on a CPU, fp32 or wider."""
+    """Whether to use the hand-written form: in eager mode, on a CPU, for fp32 or wider."""
     return x.device.type == "cpu" and x.element_size() >= 4 and not torch.compiler.is_compiling()
 
 
@@ -27,7 +28,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (..., T, H, D) by minus theta, halves split, and norm over D; cos and sin (T, H, D/2) in fp32."""
+    """Rotate x (..., T, H, D), split in halves, by minus theta; then RMSNorm over D. cos, sin (T, H, D/2) in fp32."""
     return _RotaryNorm.apply(x, cos, sin) if by_hand(x) else plain_rotary_norm(x, cos, sin)
 
 
@@ -42,7 +43,7 @@ def mix(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# plain
+# plain forms
 
 
 def plain_norm(x):
@@ -63,24 +64,24 @@ def plain_mix(x, y, a, b):
 
 
 # -----------------------------------------------------------------------------
-# by hand
+# hand-written forms
 
 
 def reciprocal_rms(x: Tensor) -> Tensor:
-    """1 / sqrt(mean of squares + eps) over the last axis, which stays; eps as in `F.rms_norm`."""
+    """1 / sqrt(mean of squares + eps) over the last axis, (..., D) -> (..., 1); eps as in `F.rms_norm`."""
     mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
     return mean.add_(torch.finfo(x.dtype).eps).rsqrt_()
 
 
 def norm_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """What is left of `grad` across y = scale x, y of unit mean square: `scale (grad - y mean(grad y))`."""
+    """The gradient of x for y = scale x with mean square 1, given that of y: `scale (grad - y mean(grad y))`."""
     along = (grad * y).mean(-1, keepdim=True)
     return torch.addcmul(grad, y, along, value=-1).mul_(scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """By minus theta for sign 1, by theta for -1."""
-    y = x * torch.cat((cos, cos), dim=-1)  # a whole head at a time: passes over halves are short and slow
+    """Rotate by minus theta (sign 1) or by theta (sign -1), without the norm."""
+    y = x * torch.cat((cos, cos), dim=-1)  # on whole heads: passes over halves are short and slow
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     y1.addcmul_(x2, sin, value=sign)
     y2.addcmul_(x1, sin, value=-sign)

@@ -1,10 +1,13 @@
 """Token cache -> rows -> batches of (inputs, targets), with one integer for the position in the data.
 
 A row holds T+1 tokens: inputs are its first T, targets its last T. Rows begin with <|bos|> and are packed best-fit: of
-the next 1000 documents take the largest that fits the space left; if none fits, crop the shortest to fill it and drop
-the rest of it. The packing depends on document lengths alone, so it is planned once per (split, T) and kept beside the
-cache; row r is then found without reading the rows before it. After the last row of a split the first one follows
-again, in the same order in every epoch.
+the next 1000 documents take the largest that fits the space left; if none fits, crop the shortest one to fill it and
+drop its rest. The packing depends on document lengths alone, so it is planned once per (split, T) and kept beside the
+cache; row r is then found without reading the rows before it.
+
+Without a seed, rows come in file order. With one, the shards come in an order drawn from the seed, and a shard's rows
+in a permutation drawn from (seed, shard). The last row of a split is followed by the first one, and every epoch has the
+same order.
 
 Legend: B rows of a batch on one rank, T tokens of a row, N documents of a shard's split, P pieces, R rows of a plan.
 """
@@ -21,11 +24,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.common import UserError, print0
-from nanochat.token_cache import TokenCache, atomic_file, locked
+from nanochat.common import UserError, derive_seed, print0
+from nanochat.files import atomic_file, locked
+from nanochat.token_cache import TokenCache
 
-BUFFER_DOCUMENTS = 1000  # among so many the packer chooses
-PREFETCH_BATCHES = 4  # ready ahead of the training step
+BUFFER_DOCUMENTS = 1000  # from which the packer chooses
+PREFETCH_BATCHES = 4  # prepared ahead of the training step
 
 
 # -----------------------------------------------------------------------------
@@ -35,8 +39,10 @@ PREFETCH_BATCHES = 4  # ready ahead of the training step
 class RowPlan(NamedTuple):
     """How a shard's documents fill rows: row r is made of pieces row_ptr[r] to row_ptr[r+1]."""
 
-    documents: np.ndarray  # (P,) int64, which document of the shard's split; pieces are its first tokens
-    lengths: np.ndarray  # (P,) int64, how many of them
+    documents: (
+        np.ndarray
+    )  # (P,) int64: the index, in the shard's split, of the document whose first tokens the piece is
+    lengths: np.ndarray  # (P,) int64: tokens of the piece
     row_ptr: np.ndarray  # (R + 1,) int64
 
     @property
@@ -45,10 +51,10 @@ class RowPlan(NamedTuple):
 
 
 def plan_rows(lengths: np.ndarray, capacity: int) -> RowPlan:
-    """Pack documents of the given lengths, (N,) int64, into rows of `capacity` tokens. A last, unfilled row is dropped.
+    """Pack documents of the given lengths, (N,) int64, into rows of `capacity` tokens; a row left unfilled is dropped.
 
-    Among documents of equal length the earlier one goes first. A choice is two bisections in a sorted buffer: a
-    document's key is length * N + its index, which sorts by length and then by order.
+    Among documents of equal length the earliest is taken. A choice is two bisections in a sorted buffer of keys: a
+    document's key is length * N + index, which sorts by length and then by index.
     """
     n = max(len(lengths), 1)
     keys = (np.asarray(lengths, dtype=np.int64) * n + np.arange(len(lengths))).tolist()
@@ -56,7 +62,7 @@ def plan_rows(lengths: np.ndarray, capacity: int) -> RowPlan:
     documents, taken, row_ptr, space = [], [], [0], capacity
     while buffer:
         fits = bisect_right(buffer, space * n + n - 1)
-        # The first of those as long as the largest that fits, or else the shortest of all.
+        # The earliest of the longest documents that fit, or else the shortest of all.
         length, document = divmod(buffer.pop(bisect_left(buffer, buffer[fits - 1] // n * n) if fits else 0), n)
         if (key := next(upcoming, None)) is not None:
             insort(buffer, key)
@@ -66,31 +72,53 @@ def plan_rows(lengths: np.ndarray, capacity: int) -> RowPlan:
         if space == 0:
             row_ptr.append(len(taken))
             space = capacity
-    whole = slice(row_ptr[-1])
-    return RowPlan(*(np.array(column, dtype=np.int64) for column in (documents[whole], taken[whole], row_ptr)))
+    n_pieces = row_ptr[-1]  # without those of an unfilled row
+    columns = documents[:n_pieces], taken[:n_pieces], row_ptr
+    return RowPlan(*(np.array(column, dtype=np.int64) for column in columns))
+
+
+def permutation(n: int, seed: int) -> np.ndarray:
+    """A random permutation of 0 ... n-1, (n,) int64: the same for a seed under every version of numpy.
+
+    numpy keeps the raw output of its bit generators stable between versions, but not `Generator.permutation` (NEP 19).
+    """
+    return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
+
+
+class PlannedShard(NamedTuple):
+    """A shard whose rows are known."""
+
+    shard: int
+    starts: np.ndarray  # (P,) int64: where each piece begins in the shard's tokens
+    plan: RowPlan
+    order: np.ndarray | None  # (R,) int64: the plan's rows in the order they come out; None: as they are
 
 
 class Rows:
-    """Every row of one split at one length T, fetched by global row index. Plans shards only as far as they are needed.
+    """All rows of one split at one length T, in the order of `seed` (None: file order), fetched by position.
 
-    Raises `UserError` on the first fetch of a split that has too little text for one row.
+    Shards are planned when they are first needed. Raises `UserError` on the first fetch of a split that has too little
+    text for one row.
     """
 
-    def __init__(self, cache: TokenCache, split: str, sequence_len: int):
-        self.cache, self.split, self.width = cache, split, sequence_len + 1
-        self._plans: list[tuple[int, np.ndarray, RowPlan]] = []  # (shard, first token of each piece, plan)
+    def __init__(self, cache: TokenCache, split: str, sequence_len: int, seed: int | None = None):
+        self.cache, self.split, self.width, self.seed = cache, split, sequence_len + 1, seed
+        self._planned: list[PlannedShard] = []
         self._ends = [0]  # rows up to and including the k-th planned shard
         self._unplanned = list(cache.shards(split))
+        if seed is not None:
+            order = permutation(len(self._unplanned), derive_seed(seed, "shards"))
+            self._unplanned = [self._unplanned[i] for i in order]
 
     @property
     def n_rows(self) -> int:
-        """Rows of the whole split: an epoch is `row // n_rows`. Plans every shard."""
+        """Rows of the whole split: the epoch of a position is `position // n_rows`. Plans every shard."""
         while self._unplanned:
             self._plan_next()
         return self._ends[-1]
 
     def fetch(self, first: int, count: int) -> np.ndarray:
-        """Rows first, ..., first + count - 1, wrapping around at the end of the split: (count, T+1) int64."""
+        """The rows at positions first, ..., first + count - 1, wrapping around at the end: (count, T+1) int64."""
         out, done = np.empty((count, self.width), dtype=np.int64), 0
         while done < count:
             row = first + done
@@ -105,15 +133,21 @@ class Rows:
                 row %= self.n_rows
             k = bisect_right(self._ends, row) - 1
             row -= self._ends[k]
-            shard, starts, plan = self._plans[k]
-            n = min(count - done, plan.n_rows - row)
-            pieces = slice(plan.row_ptr[row], plan.row_ptr[row + n])
-            lengths = plan.lengths[pieces]
-            # Token j of the block lies at (start of its piece) + (j - where the piece begins in the block).
-            shift = starts[pieces] - (np.cumsum(lengths) - lengths)
-            out[done : done + n].flat = self.cache.tokens(shard)[np.repeat(shift, lengths) + np.arange(n * self.width)]
+            n = min(count - done, self._planned[k].plan.n_rows - row)
+            out[done : done + n] = self._gather(self._planned[k], row, n)
             done += n
         return out
+
+    def _gather(self, planned: PlannedShard, first: int, count: int) -> np.ndarray:
+        """Rows first, ..., first + count - 1 of one shard: (count, T+1)."""
+        shard, starts, plan, order = planned
+        if order is None:
+            pieces = slice(plan.row_ptr[first], plan.row_ptr[first + count])
+        else:
+            rows = order[first : first + count]
+            pieces = concatenated_ranges(plan.row_ptr[rows], plan.row_ptr[rows + 1] - plan.row_ptr[rows])
+        indices = concatenated_ranges(starts[pieces], plan.lengths[pieces])
+        return self.cache.tokens(shard)[indices].reshape(count, self.width)
 
     def _plan_next(self) -> None:
         shard = self._unplanned[0]
@@ -125,8 +159,9 @@ class Rows:
                 plan = plan_rows(lengths, self.width)
                 with atomic_file(path) as f:
                     np.savez(f, **plan._asdict())
+        order = None if self.seed is None else permutation(plan.n_rows, derive_seed(self.seed, "rows", shard))
         self._unplanned.pop(0)
-        self._plans.append((shard, starts[plan.documents], plan))
+        self._planned.append(PlannedShard(shard, starts[plan.documents], plan, order))
         self._ends.append(self._ends[-1] + plan.n_rows)
 
     def _load(self, path: Path, document_lengths: np.ndarray) -> RowPlan | None:
@@ -142,8 +177,15 @@ class Rows:
             reason = "it does not fit the documents"
         except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as e:
             reason = str(e)
-        print0(f"row plan {path} is damaged ({reason}); planning anew")
+        print0(f"row plan {path} is damaged ({reason}); planning it again")
         return None
+
+
+def concatenated_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """`lengths[0]` integers from starts[0] on, then `lengths[1]` from starts[1] on, ...: (sum(lengths),) int64."""
+    ends = np.cumsum(lengths)
+    shift = starts - (ends - lengths)  # element j lies at its start + (j - where its range begins)
+    return np.repeat(shift, lengths) + np.arange(ends[-1])
 
 
 # -----------------------------------------------------------------------------
@@ -151,17 +193,18 @@ class Rows:
 
 
 def stage(rows: np.ndarray) -> torch.Tensor:
-    """(B, T+1) rows -> (2, B, T) int64, inputs and targets in one tensor, so that they travel in one copy."""
+    """(B, T+1) rows -> (2, B, T) int64, inputs and targets in one tensor: one copy to the device."""
     return torch.from_numpy(np.stack([rows[:, :-1], rows[:, 1:]]))
 
 
 class DataLoader:
-    """Batches of a split by step, the following ones prepared by a thread meanwhile (in pinned memory for CUDA).
+    """Batches of a split by step; a thread prepares the next ones (in pinned memory for CUDA).
 
-    One optimizer step consumes `rows_per_step` rows (default: one micro-step), whatever the number of ranks and the
-    batch size: row b of a batch is the split's row
-    `start_row + step * rows_per_step + micro_step * (B * world_size) + rank * B + b`.
-    Raises `UserError` if the ranks' batches do not tile a step. Call `close` when done: it ends the thread.
+    An optimizer step takes `rows_per_step` rows (default: one micro-step), whatever the number of ranks and the batch
+    size: row b of a batch is the row at position
+    `start_row + step * rows_per_step + micro_step * (B * world_size) + rank * B + b`
+    of the split, in the order of `seed` (None: file order).
+    Raises `UserError` unless a step is a whole number of batches on every rank. `close` ends the thread.
     """
 
     def __init__(
@@ -175,25 +218,26 @@ class DataLoader:
         world_size: int = 1,
         start_row: int = 0,
         rows_per_step: int | None = None,
+        seed: int | None = None,
     ):
         self._micro_rows = batch_size * world_size
         rows_per_step = self._micro_rows if rows_per_step is None else rows_per_step
         if rows_per_step < 1 or rows_per_step % self._micro_rows:
             raise UserError(
-                f"{rows_per_step} rows a step are no multiple of {batch_size} rows a batch x {world_size} "
+                f"{rows_per_step} rows a step are not a multiple of {batch_size} rows a batch x {world_size} "
                 "ranks; change --total-batch-size or --device-batch-size"
             )
         self.micro_steps = rows_per_step // self._micro_rows
-        self._rows = Rows(cache, split, sequence_len)
+        self._rows = Rows(cache, split, sequence_len, seed)
         self._batch_size, self._device = batch_size, torch.device(device)
         self._first_row = start_row + rank * batch_size
         self._thread: threading.Thread | None = None
-        self._upcoming: int | None = None  # the micro-step, counted from the start of the data, that comes out next
+        self._upcoming: int | None = None  # the next batch of the thread, counted in micro-steps from step 0
 
     def get(self, step: int, micro_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, contiguous (B, T) int64 on the device. Any position may be asked for; in order is fast.
+        """Inputs and targets, contiguous (B, T) int64 on the device. Batches may be asked for in any order.
 
-        Raises what went wrong in the thread.
+        Another batch than the next one restarts the thread. An exception in the thread is raised here.
         """
         position = step * self.micro_steps + micro_step
         if position != self._upcoming:
@@ -211,7 +255,7 @@ class DataLoader:
         if self._thread is None:
             return
         self._stop.set()
-        while not self._ready.empty():  # room for the one batch that the thread may still be about to hand over
+        while not self._ready.empty():  # makes room for a batch that the thread may be about to put there
             self._ready.get_nowait()
         self._thread.join()
         self._thread = self._upcoming = None
@@ -224,7 +268,7 @@ class DataLoader:
     def _prefetch(self, position: int) -> None:
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a new thread starts on device 0, and pinning would open it
+                torch.cuda.set_device(self._device)  # else pinning would create a context on device 0
             while not self._stop.is_set():
                 staged = stage(self._rows.fetch(self._first_row + position * self._micro_rows, self._batch_size))
                 self._ready.put(staged.pin_memory() if self._device.type == "cuda" else staged)
@@ -242,6 +286,6 @@ def fixed_batches(
     device: torch.device,
     start_row: int = 0,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`n_batches` batches from consecutive rows, each (inputs, targets) like a `DataLoader`'s: for probe losses."""
+    """`n_batches` batches of consecutive rows in file order, each (inputs, targets) as from a `DataLoader`."""
     rows = Rows(cache, split, sequence_len)
     return [stage(rows.fetch(start_row + i * batch_size, batch_size)).to(device).unbind(0) for i in range(n_batches)]

@@ -1,8 +1,10 @@
-"""Text for training: folders of parquet shards with one string column `text`. The last shard in sorted order validates.
+"""Text for training: folders of parquet shards with one string column `text`.
+
+The last shard in sorted order is held out for validation and test (see nanochat/token_cache.py).
 
 python -m nanochat.dataset                    # the embedded corpus: Python's own library, nothing to download
 python -m nanochat.dataset --from my_texts    # a folder of .jsonl (key `text`) or .txt files, made into shards
-python -m nanochat.dataset -n 8               # the first 8 FineWeb-Edu shards and the validation shard
+python -m nanochat.dataset -n 8               # the first 8 FineWeb-Edu shards and the held-out one
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from nanochat.files import read_json, write_json
 SHARD_NAME = "shard_{:05d}.parquet"
 FINEWEB_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
 FINEWEB_LAST = 1822  # shards 0 to 1822, about 100 MB each
-HELD_OUT = 16  # one part in so many of a corpus made here is validation
-TEXT_SHARD_CHARS = 64 << 20  # a shard is shuffled in memory
-EMBEDDED_SHARD_CHARS = 9 << 17  # gives about 8 shards
+HELD_OUT = 8  # of a corpus made here, 1/8 is held out: half for validation, half for test
+TEXT_SHARD_CHARS = 64 << 20  # characters of a shard, which is shuffled in memory
+EMBEDDED_SHARD_CHARS = 9 << 17  # characters; gives about 8 shards
 
 
 # -----------------------------------------------------------------------------
@@ -39,12 +41,12 @@ EMBEDDED_SHARD_CHARS = 9 << 17  # gives about 8 shards
 
 
 def resolve_data(data: str | None = None) -> Path:
-    """The folder of shards that `data` names, built first where need be.
+    """The folder of shards that `data` names; it is built if it does not exist yet.
 
     None or `"embedded"`: the embedded corpus, built on first use and kept, so that a new Python does not change it.
     `"fineweb-edu"`: what `-n` downloaded. A folder with `*.parquet`: used in place. A folder with `*.jsonl` or `*.txt`
-    at any depth: made into shards once, and again when one of its files changes. Prints a line about it.
-    Raises `UserError` for anything else, and for shards that cannot serve (see `split_shards`).
+    at any depth: made into shards once, and again when one of its files changes. Prints one line about the corpus.
+    Raises `UserError` for anything else, and for shards that cannot be used (see `split_shards`).
     """
     root = base_dir() / "data"
     if data in (None, "embedded"):
@@ -53,7 +55,7 @@ def resolve_data(data: str | None = None) -> Path:
             build_embedded(folder)
     elif data == "fineweb-edu":
         folder = root / "fineweb-edu"
-        if not (folder / SHARD_NAME.format(FINEWEB_LAST)).exists():  # without it a training shard would validate
+        if not (folder / SHARD_NAME.format(FINEWEB_LAST)).exists():  # else a training shard would be held out
             raise UserError(f"{folder} lacks the FineWeb-Edu shards; get some with: python -m nanochat.dataset -n 8")
     else:
         folder = Path(data).expanduser().resolve()
@@ -74,10 +76,10 @@ def list_shards(folder: Path) -> list[Path]:
 
 
 def split_shards(folder: Path) -> tuple[list[Path], Path]:
-    """(training shards, validation shard): the last shard validates.
+    """(training shards, held-out shard): the last shard in sorted order is for validation and test.
 
-    Opens every shard; raises `UserError` for one that cannot be read or has no string column `text`, if there are
-    fewer than two shards, or if a side has no documents.
+    Opens every shard. Raises `UserError` for one that cannot be read or has no string column `text`, for fewer than two
+    shards, and if the training shards have no document or the held-out one fewer than 2.
     """
     shards = list_shards(folder)
     if not shards:
@@ -85,12 +87,13 @@ def split_shards(folder: Path) -> tuple[list[Path], Path]:
     rows = [open_shard(path).metadata.num_rows for path in shards]
     if len(shards) == 1:
         raise UserError(
-            f"{shards[0]} is the only shard, so nothing is left for validation; add a second one (the last "
-            "in sorted order validates), or give the texts as .jsonl with --from: they are split for you"
+            f"{shards[0]} is the only shard; add a second one (the last in sorted order is for validation and test), "
+            "or give the texts as .jsonl with --from: they are split for you"
         )
-    for side, count in ("training", sum(rows[:-1])), ("validation", rows[-1]):
-        if count == 0:
-            raise UserError(f"{folder} has no documents for {side} (the last shard in sorted order validates)")
+    if not sum(rows[:-1]):
+        raise UserError(f"{folder} has no documents for training: all its shards but the last are empty")
+    if rows[-1] < 2:
+        raise UserError(f"{shards[-1]}, the last shard, needs 2 documents or more: for validation and for test")
     return shards[:-1], shards[-1]
 
 
@@ -109,7 +112,7 @@ def iter_texts(path: Path, row_groups: range | None = None) -> Iterator[list[str
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """Read a shard's footer; raises `UserError` if it is no parquet file or has no string column `text`."""
+    """Read a shard's footer; raises `UserError` unless it is a parquet file with a string column `text`."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         columns = {field.name: field.type for field in file.schema_arrow}
@@ -123,21 +126,22 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def corrupt(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read as parquet ({str(error).partition(chr(10))[0]}); delete it and get or make it again"
+    reason = str(error).partition("\n")[0]
+    return f"{path} cannot be read as parquet ({reason}); delete it, then download or make it again"
 
 
 def corpus_record(folder: Path) -> dict:
     """What identifies a corpus, for a run's `config.json`: shards, shard_bytes, sha256.
 
-    For shards written here the hash is of the documents and comes from `manifest.json`, with the number of documents
-    and files and where they came from. For others it is of the shards' names and sizes.
+    For shards made by this module, `manifest.json` holds a hash of the documents, their number, the number of source
+    files and their origin. For other shards the hash is of their names and sizes.
     """
     sizes = [(path.name, path.stat().st_size) for path in list_shards(folder)]
     record = {"shards": len(sizes), "shard_bytes": sum(size for _, size in sizes)}
     manifest = Path(folder) / "manifest.json"
-    told = read_json(manifest, "manifest") if manifest.exists() else {}
-    if isinstance(told, dict) and record.items() <= told.items():  # else shards were added or taken away since
-        return told
+    saved = read_json(manifest, "manifest") if manifest.exists() else {}
+    if isinstance(saved, dict) and record.items() <= saved.items():  # else shards were added or removed since
+        return saved
     return record | {"sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest()}
 
 
@@ -146,9 +150,9 @@ def corpus_record(folder: Path) -> dict:
 
 
 def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_chars: int, **origin) -> None:
-    """Write (text, held out?) pairs to `folder`, which appears whole, with its manifest, or not at all.
+    """Write (text, held out?) pairs as shards and a manifest to `folder`, which appears complete or not at all.
 
-    Raises `UserError` if they do not make two shards, one of them held out.
+    Raises `UserError` unless there is a document to train on and there are 2 that are held out.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
@@ -167,27 +171,29 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_char
                 write_page_checksum=True,
             )
         record = corpus_record(new)
-        if record["shards"] < 2:
-            raise UserError(f"{origin['source']} has {count} documents, too few to keep some for validation; add more")
+        if record["shards"] < 2 or len(texts) < 2:  # the last shard's
+            raise UserError(
+                f"{origin['source']} has {count} documents, too few for training, validation and test; add more"
+            )
         write_json(
             new / "manifest.json", record | {**origin, "documents": count, "bytes": size, "sha256": digest.hexdigest()}
         )
         try:
             os.rename(new, folder)
         except OSError:
-            if not folder.exists():  # else another process was faster, and has written the same
+            if not folder.exists():  # else another process has written the same meanwhile
                 raise
 
 
 def fill_shards(documents: Iterable[tuple[str, bool]], shard_chars: int) -> Iterator[list[str]]:
-    """The documents of each shard, shuffled within it with a fixed seed; the held-out ones are the last shard.
+    """The documents of each shard, shuffled within it with a fixed seed; the last shard is the held-out one.
 
-    When that one is full, what else is marked as held out goes into training.
+    Once it is full, further documents marked as held out go into training.
     """
     rng = random.Random(derive_seed(0, "shards"))
     sides, chars = {True: [], False: []}, {True: 0, False: 0}
     for text, held_out in documents:
-        held_out = held_out and chars[True] < shard_chars
+        held_out = held_out and (chars[True] < shard_chars or len(sides[True]) < 2)
         sides[held_out].append(text)
         chars[held_out] += len(text)
         if chars[False] >= shard_chars:
@@ -199,7 +205,7 @@ def fill_shards(documents: Iterable[tuple[str, bool]], shard_chars: int) -> Iter
 
 
 def convert_texts(source: Path, root: Path) -> Path:
-    """Make shards of the `.jsonl` and `.txt` files under `source`, unless it was done; returns their folder."""
+    """Make shards of the `.jsonl` and `.txt` files under `source`, unless they exist; returns their folder."""
     files = sorted(
         path
         for suffix in ("jsonl", "txt")
@@ -209,34 +215,35 @@ def convert_texts(source: Path, root: Path) -> Path:
     if not files:
         raise UserError(f"{source} holds no .parquet shards, and no .jsonl or .txt files to make them of")
     stats = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(json.dumps([str(source), stats]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([str(source), stats, HELD_OUT]).encode()).hexdigest()[:8]
     folder = root / f"{source.name}-{key}"
     if not folder.exists():
         print0(f"making shards of {len(files)} files, {sum(size for _, size, _ in stats) / 1e6:.1f} MB, in {source}")
         random.Random(derive_seed(0, "files")).shuffle(files)
-        documents = ((text, i % HELD_OUT == 1) for i, text in enumerate(read_texts(files)))
+        # Held out in pairs, one for validation and one for test, so that 3 documents are enough.
+        documents = ((text, i % (2 * HELD_OUT) in (1, 2)) for i, text in enumerate(read_texts(files)))
         write_shards(folder, documents, TEXT_SHARD_CHARS, source=str(source), files=len(files))
     return folder
 
 
 def read_texts(files: list[Path]) -> Iterator[str]:
-    """The documents of `.jsonl` (a line each) and `.txt` files (a file each), without the blank ones."""
+    """The documents of `.jsonl` files (one a line) and `.txt` files (one a file), without blank ones."""
     for path in files:
         is_jsonl = path.suffix == ".jsonl"
         with open(path, "rb") as f:
             for number, raw in enumerate(f if is_jsonl else [f.read()], 1):
                 try:
                     text = "" if not raw.strip() else json.loads(raw)["text"] if is_jsonl else raw.decode("utf-8-sig")
-                    text.encode()  # fails for what is no string, and for a lone surrogate
+                    text.encode()  # fails for a value that is not a string, and for a lone surrogate
                 except (ValueError, LookupError, TypeError, AttributeError) as e:
                     what = f'line {number} is not a JSON object with a string "text"' if is_jsonl else "not UTF-8"
-                    raise UserError(f"{path}: {what} ({e}); mend it or take it out") from None
+                    raise UserError(f"{path}: {what} ({e}); correct or remove it") from None
                 if text.strip():
                     yield text
 
 
 # -----------------------------------------------------------------------------
-# the embedded corpus: source and doc strings of Python's standard library
+# the embedded corpus: the source of Python's standard library
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib", "ensurepip"}
 TABLES = re.compile(r"_sysconfigdata|config-|encodings/|pydoc_data/|html/entities|stringprep|re/_casefix")  # generated
@@ -244,7 +251,7 @@ BORDERS = (r"(?<=\n\n)(?=\S)", r"(?<=\n\n)(?=    (?:@|(?:def|class|async)\b))", 
 
 
 def build_embedded(folder: Path) -> None:
-    """Write the embedded corpus. Whole files are held out, so that no file has parts on both sides."""
+    """Write the embedded corpus. A source file is held out as a whole or not at all."""
     library = Path(sysconfig.get_path("stdlib"))
     texts = library_texts(library)
     if not texts:
@@ -261,7 +268,7 @@ def build_embedded(folder: Path) -> None:
 
 
 def library_texts(library: Path) -> dict[str, str]:
-    """The library's files worth reading, by name: UTF-8, 500 bytes or more, written by hand, no tests."""
+    """The library's source by file name: UTF-8 files of 500 bytes or more, without tests and generated tables."""
     texts = {}
     for path in library.rglob("*.py"):
         name = path.relative_to(library)
@@ -274,8 +281,8 @@ def library_texts(library: Path) -> dict[str, str]:
 def split_source(text: str, shortest: int = 400, longest: int = 1200) -> list[str]:
     """Cut source into documents of `shortest` to `longest` characters (the last one up to `shortest` longer).
 
-    They begin at a top-level statement where possible, else at a method, a paragraph or a line; joined they are
-    `text` again. A line is never cut.
+    A document begins at a top-level statement where possible, else at a method, a paragraph or a line. Joined, the
+    documents are `text` again.
     """
 
     def parts(text: str, level: int) -> Iterator[str]:
@@ -299,14 +306,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare a corpus; without flags, the embedded one.")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--from", dest="source", metavar="DIR", help="a folder of .parquet, .jsonl or .txt files")
-    choice.add_argument("-n", type=int, help="download the first N FineWeb-Edu shards and the validation shard")
+    choice.add_argument("-n", type=int, help="download the first N FineWeb-Edu shards and the held-out one")
     parser.add_argument("-w", "--workers", type=int, default=4, help="parallel downloads (default: %(default)s)")
     parser.add_argument("--url", default=FINEWEB_URL, help="a mirror to download from (default: %(default)s)")
     args = parser.parse_args()
     if args.n is not None:
         if not 0 < args.n <= FINEWEB_LAST:
             raise UserError(f"-n {args.n}: FineWeb-Edu has {FINEWEB_LAST} training shards; give 1 to {FINEWEB_LAST}")
-        from nanochat.download import download_files  # here, so that reading shards does not need requests
+        from nanochat.download import download_files  # imported here: reading shards does not need `requests`
 
         names = [SHARD_NAME.format(i) for i in (FINEWEB_LAST, *range(args.n))]
         download_files(args.url, names, base_dir() / "data" / "fineweb-edu", check=open_shard, workers=args.workers)

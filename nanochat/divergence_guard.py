@@ -7,7 +7,9 @@ the weights are: the run goes back to an older checkpoint, and the learning-rate
 
 from __future__ import annotations
 
+import enum
 import math
+from collections.abc import Callable
 from statistics import median
 
 from nanochat.common import UserError
@@ -22,10 +24,19 @@ SURGE = 2.0  # before that, a loss this many times the highest of 3 or more (a f
 REACH = 5  # a checkpoint so many steps old does not hold the damage yet: it shows within a few steps
 
 
+class Verdict(enum.Enum):
+    """What is to become of a step's update."""
+
+    TAKE = "take it"
+    SKIP = "leave it out, as decided before"
+    SKIP_SPIKE = "leave it out: the batch is to blame"
+    GO_BACK = "go back: the weights are to blame"
+
+
 class DivergenceGuard:
     """Watches the losses of a run and keeps what was learnt from its spikes.
 
-    `max_tries`: spikes that are mended before the run is given up; with 0 a finite loss is none. Identical on all ranks
+    `max_tries`: recoveries before the run is given up; with 0 a finite loss is no spike. Identical on all ranks
     if the losses are.
     """
 
@@ -54,23 +65,31 @@ class DivergenceGuard:
         """Take the loss of `step` into the history."""
         self.recent, self._accepted = [*self.recent[1 - WINDOW :], loss], step
 
-    def witness(self, step: int) -> int:
-        """A step whose batch tells whether the weights are sound: the last one accepted, or the next one if none was."""
-        return self._accepted if self._accepted >= 0 else step + 1
+    def judge(self, step: int, loss: float, loss_of: Callable[[int], float]) -> Verdict:
+        """What is to become of the update of `step`, whose loss is `loss`; counts a new spike as a recovery.
 
-    def count(self, step: int, loss: float) -> None:
-        """A spike at `step` is to be mended; raises `UserError` if it is one too many."""
+        `loss_of(step)`: the loss of that step's batch under the present weights. Raises `UserError` at a spike that is
+        one too many.
+        """
+        if step in self.skipped:
+            return Verdict.SKIP
+        if not self.is_spike(loss):
+            self.accept(step, loss)
+            return Verdict.TAKE
+        self.count(f"the run diverged at step {step} (loss {loss:.4g})")
+        # the last step accepted, or the next one if none was: its batch tells whether the weights are sound
+        witness = self._accepted if self._accepted >= 0 else step + 1
+        if self.is_spike(loss_of(witness)):
+            return Verdict.GO_BACK
+        self.skipped.append(step)
+        return Verdict.SKIP_SPIKE
+
+    def count(self, what: str) -> None:
+        """One recovery more; raises `UserError` saying `what` happened if it is one too many."""
         self.tries += 1
         if self.tries > self.max_tries:
-            tried = f"after {self.max_tries} tries to mend it" if self.max_tries else "and --max-recoveries is 0"
-            raise UserError(
-                f"the run diverged at step {step} (loss {loss:.4g}) {tried}; lower the learning rates, or look at the data"
-            )
-
-    def skip(self, step: int, loss: float) -> str:
-        """The batch of `step` is to blame: leave its update out. Returns the line to print."""
-        self.skipped.append(step)
-        return f"step {step}: loss {loss:.4g} is a spike, but the weights do well on the last good batch: its update is skipped"
+            tried = f"after {self.max_tries} recoveries" if self.max_tries else "and --max-recoveries is 0"
+            raise UserError(f"{what} {tried}; lower the learning rates, or look at the data")
 
     def reach(self, step: int) -> int:
         """The newest step to go back to from a spike at `step`: earlier and earlier if the spikes keep coming."""
@@ -89,7 +108,9 @@ class DivergenceGuard:
         self.lr_cap = min(self.lr_cap, _highest_lr(now)) * 0.5**2**self._cuts
         if self._cuts and before:
             self.lr_cap = min(self.lr_cap, _highest_lr(before))
-        return f"step {step}: loss {loss:.4g} is a divergence: learning-rate multipliers are capped at {self.lr_cap:.3g} from now on"
+        return (
+            f"step {step}: loss {loss:.4g} is a divergence: learning-rate multipliers are capped at {self.lr_cap:.3g}"
+        )
 
     def limit(self, multipliers: dict) -> dict:
         """The multipliers under the cap; the very same object while there is none."""
@@ -97,8 +118,8 @@ class DivergenceGuard:
             return multipliers
         everywhere = {"lr": 1.0, **multipliers.get("*", {})}
         return {
-            group: {k: min(v, self.lr_cap) if k == "lr" else v for k, v in factors.items()}
-            for group, factors in {**multipliers, "*": everywhere}.items()
+            group: {k: min(v, self.lr_cap) if k == "lr" else v for k, v in own.items()}
+            for group, own in {**multipliers, "*": everywhere}.items()
         }
 
     def state_dict(self) -> dict:
@@ -129,4 +150,4 @@ class DivergenceGuard:
 
 
 def _highest_lr(multipliers: dict) -> float:
-    return max((factors["lr"] for factors in multipliers.values() if "lr" in factors), default=1.0)
+    return max((own["lr"] for own in multipliers.values() if "lr" in own), default=1.0)

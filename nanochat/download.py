@@ -1,7 +1,7 @@
-"""Downloading large files in a way that can be stopped at any moment and continued later.
+"""Downloading large files; a download can be stopped at any moment and continued later.
 
-A file grows under `<name>.partial` and gets its own name only when it is whole: the right size, the right sha256 where
-the server tells one, accepted by the caller's check, and on disk.
+A file grows under `<name>.partial` and gets its own name when it is complete: of the right size, of the right sha256
+where the server sends one, accepted by the caller's check, and on disk.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from nanochat.common import UserError
 
-ATTEMPTS = 6  # tries for one file
-GIVE_UP = 4  # files failing in a row mean that the server or the network is down: leave the rest untried
-LONGEST_WAIT = 600.0  # seconds between two tries, even if Retry-After asks for more
+ATTEMPTS = 6  # for one file
+GIVE_UP = 4  # after so many failed files in a row the server or the network must be down; the others are not tried
+LONGEST_WAIT = 600.0  # seconds between two attempts, even if Retry-After asks for more
 TIMEOUT = (10, 30)  # seconds to connect, and between two packets
 CHUNK = 1 << 20  # bytes
 
@@ -43,17 +43,18 @@ class Transient(Exception):
 
 
 class Stopped(Exception):
-    """The whole download is ending; this file is left as it is."""
+    """All downloads are being stopped; the partial file stays."""
 
 
 class Progress:
-    """One bar in bytes for all files. A size becomes known with the first reply; until then it counts as the mean."""
+    """One bar, in bytes, for all files. Until its first reply, a file counts as being of mean size."""
 
     def __init__(self, files: int):
         self._files, self._lock, self._done, self._sizes = files, Lock(), {}, {}
         self.bar = tqdm(unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30)
 
     def report(self, name: str, done: int, size: int | None) -> None:
+        """`done` of `size` bytes (None: unknown) of a file have arrived."""
         with self._lock:
             self._done[name] = done
             if size is not None:
@@ -65,15 +66,15 @@ class Progress:
 def download_files(
     base_url: str, names: list[str], folder: Path, check: Callable[[Path], object], workers: int = 4
 ) -> None:
-    """Download `base_url/name` to `folder/name` for each name that is not there yet, `workers` at a time.
+    """Download `base_url/name` to `folder/name` for each name that is missing there, `workers` at a time.
 
-    `check(path)` raises `UserError` for a file that arrived but is not what it should be. Raises `UserError` listing
-    the files that could not be had; what did arrive stays, and the next call continues from it.
+    `check(path)` raises `UserError` for a file that arrived but is not what it should be. Raises `UserError` with the
+    files that failed; what has arrived stays, and the next call continues from there.
     """
     if workers < 1:
-        raise UserError(f"{workers} workers cannot download; give 1 or more")
+        raise UserError(f"--workers {workers}: give 1 or more")
     if not base_url.startswith(("http://", "https://")):
-        raise UserError(f"{base_url!r} is no address to download from; it must begin with http:// or https://")
+        raise UserError(f"{base_url!r} is not an address to download from; it must begin with http:// or https://")
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not (folder / name).exists()]
     stop, failed, in_a_row = Event(), {}, 0
@@ -96,7 +97,7 @@ def download_files(
                 elif not isinstance(error, Stopped):
                     raise error
         finally:
-            stop.set()  # on Ctrl-C the workers end at their next chunk; leaving the pool waits for them
+            stop.set()  # on Ctrl-C the workers end at their next chunk, and the pool waits for them
     if failed:
         untried = sum(not (folder / name).exists() for name in missing) - len(failed)
         raise UserError(
@@ -108,7 +109,7 @@ def download_files(
 
 
 def fetch(url: str, target: Path, check: Callable[[Path], object], stop: Event, progress: Progress) -> None:
-    """Download one file, trying again with exponential back-off; raises `Permanent`, `Stopped` or `OSError` (disk)."""
+    """Download one file, with retries and exponential back-off; raises `Permanent`, `Stopped` or `OSError` (disk)."""
     partial = target.with_name(target.name + ".partial")
     for attempt in range(1, ATTEMPTS + 1):
         if stop.is_set():
@@ -128,16 +129,16 @@ def fetch(url: str, target: Path, check: Callable[[Path], object], stop: Event, 
 
 
 def transfer(url: str, partial: Path, stop: Event, progress: Progress) -> str | None:
-    """Append to `partial` what is missing of `url`; returns the sha256 that the server tells for the whole file."""
+    """Append to `partial` what is missing of `url`; returns the sha256 of the whole file, if the server sends it."""
     have = partial.stat().st_size if partial.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # sizes and ranges are those of the file itself
+    headers = {"Accept-Encoding": "identity"}  # sizes and ranges are to be those of the file itself
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
         status = f"{reply.status_code} {reply.reason}"
-        if reply.status_code == 416:  # the partial file is as long as the file, or longer: of another version
+        if reply.status_code == 416:  # the partial file is not shorter than the file: it belongs to another version
             partial.unlink(missing_ok=True)
-            raise Transient("what was here does not fit the server's file, so it starts again")
+            raise Transient("the partial file does not fit the server's file; starting again")
         if reply.status_code in (408, 425, 429) or reply.status_code >= 500:
             raise Transient(status, retry_after_seconds(reply.headers.get("Retry-After")))
         if not reply.ok:
@@ -146,7 +147,7 @@ def transfer(url: str, partial: Path, stop: Event, progress: Progress) -> str | 
             given = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
             if not given or int(given[1]) != have:
                 partial.unlink(missing_ok=True)
-                raise Transient("the server sent another range than asked for, so it starts again")
+                raise Transient("the server sent another range than the one asked for; starting again")
             size = int(given[2])
         else:  # the whole file, even if a range was asked for
             have, size = 0, int(reply.headers["Content-Length"]) if "Content-Length" in reply.headers else None
@@ -160,36 +161,39 @@ def transfer(url: str, partial: Path, stop: Event, progress: Progress) -> str | 
             os.fsync(f.fileno())
             if size is not None and f.tell() != size:
                 raise Transient(f"{f.tell()} of {size} bytes arrived")
-        return told_sha256(reply)
+        return sha256_from_headers(reply)
 
 
 def verify(partial: Path, sha256: str | None, check: Callable[[Path], object]) -> None:
-    """Delete the file and raise if it is not what the server holds, or if `check` refuses it."""
+    """Delete the file and raise `Transient` or `Permanent` if its hash is wrong or `check` rejects it."""
     if sha256 and file_sha256(partial) != sha256:
         partial.unlink()
-        raise Transient("its sha256 is not the one the server tells")
+        raise Transient("its sha256 is not the one the server sent")
     try:
         check(partial)
     except UserError as e:
         partial.unlink()
         what = str(e).partition(";")[0]  # without the advice
-        raise (Permanent if sha256 else Transient)(what) from None  # with the right hash it would come the same again
+        raise (Permanent if sha256 else Transient)(
+            what
+        ) from None  # with the right hash, the next attempt would get the same
 
 
-def told_sha256(reply: requests.Response) -> str | None:
-    """The file's sha256, if a header tells it.
+def sha256_from_headers(reply: requests.Response) -> str | None:
+    """The file's sha256, if a header has it.
 
     Hugging Face sends it as `X-Linked-Etag` with the redirect to its CDN. The CDN's own `ETag` has 64 hex digits too
-    but is another hash, so a plain `ETag` counts only if there was no redirect.
+    but is another hash, so a plain `ETag` is used only if there was no redirect.
     """
-    told = [r.headers.get("X-Linked-Etag", "") for r in [*reply.history, reply]]
+    tags = [r.headers.get("X-Linked-Etag", "") for r in [*reply.history, reply]]
     if not reply.history:
-        told.append(reply.headers.get("ETag", ""))
-    digests = [tag.strip('"').lower() for tag in told]
+        tags.append(reply.headers.get("ETag", ""))
+    digests = [tag.strip('"').lower() for tag in tags]
     return next((digest for digest in digests if re.fullmatch("[0-9a-f]{64}", digest)), None)
 
 
 def file_sha256(path: Path) -> str:
+    """The sha256 (hex) of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(CHUNK):
@@ -198,7 +202,7 @@ def file_sha256(path: Path) -> str:
 
 
 def retry_after_seconds(value: str | None) -> float:
-    """`Retry-After` is a number of seconds or an HTTP date (RFC 9110, 10.2.3); 0 if absent or neither."""
+    """The value of `Retry-After`, seconds or an HTTP date (RFC 9110, 10.2.3), in seconds; 0 if absent or malformed."""
     if value is None:
         return 0.0
     try:

@@ -6,18 +6,18 @@ import torch
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: per layer (B, length, K, D), grown as tokens are appended."""
+    """Keys and values of the tokens seen so far, per layer (B, length, K, D); K kv heads, D head dim."""
 
     def __init__(self, n_layer: int):
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * n_layer
 
     @property
     def length(self) -> int:
-        last = self._layers[-1]  # the last layer is appended last: while a forward runs, this is what came before it
+        last = self._layers[-1]  # appended to last, so that the length stays the same during a forward pass
         return 0 if last is None else last[0].size(1)
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add k, v (B, T, K, D) and return all keys and values of the layer."""
+        """Append k, v (B, T, K, D); returns all keys and values of the layer."""
         old = self._layers[layer]
         self._layers[layer] = (k, v) if old is None else (torch.cat((old[0], k), 1), torch.cat((old[1], v), 1))
         return self._layers[layer]
@@ -33,9 +33,10 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
 ) -> list[int]:
-    """Continue `tokens` (at least one) by up to `max_tokens`, or until `stop` or the model's sequence length.
+    """Sample up to `max_tokens` tokens after `tokens`, ending early at `stop` or at the model's sequence length.
 
-    Temperature 0 is greedy. Raises ValueError for an empty prompt or a negative temperature.
+    Returns the new tokens, without `stop`. Temperature 0 is greedy. Raises ValueError for an empty prompt or a
+    negative temperature.
     """
     if not tokens or temperature < 0:
         raise ValueError("generate needs at least one token and a temperature >= 0")

@@ -1,8 +1,8 @@
-"""The GPT of DESIGN section 4: rotary attention with windows, relu^2 MLP, value embeddings, per-layer residual scalars.
+"""nanochat's GPT (docs/design.md): rotary attention with windows, relu^2 MLP, value embeddings, scalars per layer.
 
-`GPT(config)` is one model. `GPT(config, runs=R)` is R models of the same shape trained side by side as one batched
-program: every parameter gets a leading axis of R, and every matrix product becomes a batched one. Nothing else differs,
-so a run inside the batch and the same run alone agree to rounding.
+`GPT(config)` is one model. `GPT(config, runs=R)` is R models of the same shape, trained side by side as one batched
+program: every parameter has a leading axis R, and every matrix product is a batched one. Nothing else differs, so a run
+in the batch and the same run alone agree up to rounding.
 
 R runs (absent for one model), B batch, T time, C width, H heads, K kv heads, D head dim, V vocabulary.
 """
@@ -43,7 +43,7 @@ class GPTConfig:
 
 
 def has_value_embedding(layer: int, n_layer: int) -> bool:
-    """Every second layer, counted so that the last one has one."""
+    """Whether a layer has value embeddings: the last one, and every second one before it."""
     return layer % 2 == (n_layer - 1) % 2
 
 
@@ -53,7 +53,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Linear(nn.Module):
-    """`linear` with a weight of its own."""
+    """`linear` as a module."""
 
     def __init__(self, lead: tuple[int, ...], n_in: int, n_out: int):
         super().__init__()
@@ -129,9 +129,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """See the module docstring. Cheap to build on the meta device; call `to_empty(device=...)`, then `init_weights()`.
+    """One model, or R runs of it. Built on the meta device, it needs `to_empty(device=...)`, then `init_weights()`.
 
-    Raises ValueError for a window pattern with other letters than S and L, or a width below the gate's 32 channels.
+    Raises ValueError for a window pattern with other letters than S and L, or a width below 32, which the gate of the
+    value embeddings reads.
     """
 
     def __init__(self, config: GPTConfig, runs: int | None = None):
@@ -163,7 +164,7 @@ class GPT(nn.Module):
                 if has_value_embedding(i, config.n_layer)
             }
         )
-        for name in ("cos", "sin"):  # filled by init_weights: on the meta device there is nothing to fill
+        for name in ("cos", "sin"):  # filled by `fill_rotary`: the meta device holds no values
             self.register_buffer(name, torch.empty(config.sequence_len, 1, head_dim // 2), persistent=False)
 
     @property
@@ -171,10 +172,10 @@ class GPT(nn.Module):
         return self.lm_head.weight.device
 
     def prepare(self, compiled: bool | None = None) -> Callable:
-        """Choose the kernels for the device the weights lie on, and return what to call in training.
+        """Choose the kernels for the device that holds the weights; returns what to call in training.
 
-        On CUDA that is the compiled model. On a CPU it is the model itself: compiled it takes half a minute to start,
-        more than most runs there would gain (`scripts.bench` measures that).
+        On CUDA that is the compiled model. On a CPU it is the model itself: compilation takes half a minute, more than
+        most runs on a CPU would gain (`scripts.bench` measures it).
         """
         on_cpu = self.device.type == "cpu"
         compiled = not on_cpu if compiled is None else compiled
@@ -190,7 +191,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise all runs alike from `generator` (default: torch's global one): see DESIGN section 4."""
+        """Initialise all runs with the same weights, from `generator` (default: torch's global one).
+
+        wte: normal, std 1. lm_head: normal, std 0.001. q, k, v, c_fc and value embeddings: uniform, std 1 / sqrt(C).
+        Both c_proj and the gates: 0. resid_lambdas: 1. x0_lambdas: 0.1.
+        """
 
         def fill(p: torch.Tensor, std: float, draw) -> None:
             one = torch.empty(p.shape if self.runs is None else p.shape[1:], device=p.device, dtype=torch.float32)
@@ -222,7 +227,7 @@ class GPT(nn.Module):
                 embed.to(torch.bfloat16)
 
     def fill_rotary(self) -> None:
-        """Fill the rotary tables (fp32, base 10000); weights loaded without `init_weights` need them too."""
+        """Fill the rotary tables (fp32, base 10000), which no state dict holds; `init_weights` calls this."""
         D = self.config.n_embd // self.config.n_head
         frequency = 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float32, device=self.device) / D)
         angle = torch.arange(self.config.sequence_len, dtype=torch.float32, device=self.device)[:, None] * frequency
@@ -233,7 +238,8 @@ class GPT(nn.Module):
         """idx (B, T) -> logits (B, T, V) fp32; with `targets` (B, T) the mean loss, or `"none"`: (B*T,) losses.
 
         With runs: idx (R, B, T), or (B, T) shared by all; logits (R, B, T, V), loss (R,), or (R, B*T). Targets of -1
-        are left out. `kv_cache` (one model only) holds what came before idx and grows by T.
+        are left out. `kv_cache` (one model only) holds the tokens before idx and grows by T. Raises ValueError for more
+        tokens than the sequence length.
         """
         if self.runs is not None:
             idx = idx.expand(self.runs, *idx.shape[-2:])
@@ -291,9 +297,10 @@ class GPT(nn.Module):
         rank: int = 0,
         world_size: int = 1,
     ) -> MuonAdamW:
-        """The optimizer of DESIGN section 4: AdamW for embeddings, head and scalars, Muon for the block matrices.
+        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks, one group per shape.
 
-        The AdamW rates of the embeddings and the head scale with (width / 768)^-0.5; `weight_decay` is Muon's.
+        The rates of the embeddings and the head are scaled by (width / 768)^-0.5; `weight_decay` is Muon's. Each group
+        has a `name`, a `kind` ("adamw" or "muon"), and its lr and weight decay again as `initial_lr` and `initial_wd`.
         """
         scale = (self.config.n_embd / 768) ** -0.5
         adamw = {"kind": "adamw", "betas": adam_betas, "eps": 1e-10, "weight_decay": 0.0}
@@ -332,7 +339,7 @@ class GPT(nn.Module):
 
 
 def window_sizes(config: GPTConfig) -> list[int]:
-    """Per layer: half the context for S, `FULL` for L; the pattern is tiled over the layers, the last is always L."""
+    """Per layer: half the context for S, `FULL` for L. The pattern is tiled over the layers; the last is always L."""
     pattern = config.window_pattern * config.n_layer
     sizes = [config.sequence_len // 2 if c == "S" else attn_kernels.FULL for c in pattern[: config.n_layer]]
     sizes[-1] = attn_kernels.FULL

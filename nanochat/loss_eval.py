@@ -1,4 +1,4 @@
-"""Bits per byte: a loss that does not depend on the tokenizer."""
+"""Bits per byte: a loss that can be compared between tokenizers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch.distributed as dist
 def bits_per_byte(
     model, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: torch.Tensor, world_size: int = 1
 ) -> float | list[float]:
-    """Total nats / (ln 2 x total bytes of the target tokens); tokens of 0 bytes (specials) are left out of both.
+    """Total nats / (ln 2 x total bytes of the target tokens); special tokens, which have 0 bytes, are left out of both.
 
-    `batches` yields (inputs, targets), each (B, T); `token_bytes` (V,) holds each token's raw bytes. With a batched
-    model of R runs, a list of R values. Sums over all ranks when `world_size` > 1. Raises ValueError if no target
+    `batches` yields (inputs, targets), each (B, T); `token_bytes` (V,) is the number of bytes of each token. A batched
+    model of R runs gives a list of R values. Sums over all ranks when `world_size` > 1. Raises ValueError if no target
     token has bytes.
     """
     runs = model.runs or 1
@@ -31,6 +31,6 @@ def bits_per_byte(
         dist.all_reduce(nats)
         dist.all_reduce(total_bytes)
     if not total_bytes.item():
-        raise ValueError("no target token has bytes: the evaluation set holds special tokens only")
+        raise ValueError("no target token has bytes: the batches hold special tokens only")
     bpb = (nats / (math.log(2) * total_bytes)).tolist()
     return bpb[0] if model.runs is None else bpb

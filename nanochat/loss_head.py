@@ -1,6 +1,6 @@
 """The head of the model: projection, softcap and cross-entropy.
 
-R runs, N tokens, C width, V vocabulary. Logits are at least fp32 and capped at +-15: `15 * tanh(logits / 15)`.
+R runs, N tokens, C width, V vocabulary. Logits are in fp32 or wider and capped at +-15: `15 * tanh(logits / 15)`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 SOFTCAP = 15.0
-CHUNK_ELEMENTS = 1 << 22  # logits held at a time by the chunked form: 16 MB. With fewer, the weights are read too often
+CHUNK_ELEMENTS = 1 << 22  # logits that `ChunkedLoss` holds at a time: 16 MB; smaller chunks read the weights more often
 
 
 def softcapped_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def softcapped_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Per-token losses (..., N) of capped logits (..., N, V); 0 where the target is -1."""
+    """Losses per token, (..., N), of capped logits (..., N, V); 0 where the target is -1."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none").view(
         targets.shape
     )
@@ -34,11 +34,13 @@ def mean_loss(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean softcapped cross-entropy without ever holding the full logits, forward and gradient in one sweep.
+    """Mean softcapped cross-entropy by chunks of rows, so that the full logits are never held.
 
-    Twin of `mean_loss(cross_entropy(softcapped_logits(x, w), t), t)`. With z the sigmoid of 2/15 of a logit the capped
-    one is `15 (2 z - 1)`, and its gradient `(softmax - onehot) 4 z (1 - z)`: on a CPU a sigmoid costs a quarter of a tanh,
-    and a power of 2 three fifths of one of e.
+    The gradients are computed in the forward pass, chunk by chunk.
+
+    Equals `mean_loss(cross_entropy(softcapped_logits(x, w), t), t)`. With z the sigmoid of 2/15 of a logit, the capped
+    logit is `15 (2 z - 1)`, and the gradient is `(softmax - onehot) 4 z (1 - z)`. On a CPU a sigmoid takes a quarter of
+    the time of a tanh, and exp2 three fifths of that of exp.
     """
 
     @staticmethod
@@ -54,11 +56,13 @@ class ChunkedLoss(torch.autograd.Function):
             x_i, t_i = x[:, i : i + rows], targets[:, i : i + rows, None]  # (R, n, C), (R, n, 1)
             valid, t_i = t_i >= 0, t_i.clamp_min(0)
             z = torch.bmm(x_i * (2 / SOFTCAP), weight.mT).sigmoid_()  # (R, n, V)
-            g = (z * (2 * SOFTCAP / math.log(2))).exp2_()  # at most e^30: no maximum to subtract
+            g = (z * (2 * SOFTCAP / math.log(2))).exp2_()  # at most e^30, so that no maximum need be subtracted
             sums, z_t = g.sum(-1, keepdim=True), z.gather(-1, t_i)
             total += ((sums.log() - 2 * SOFTCAP * z_t) * valid).sum((1, 2))
             g.mul_(z).addcmul_(g, z, value=-1).scatter_add_(-1, t_i, sums * z_t * (z_t - 1))
-            share = valid * (4 * scale[:, None, None]) / sums  # what a row of g still lacks; 0 if left out
+            share = (
+                valid * (4 * scale[:, None, None]) / sums
+            )  # the remaining factor of each row of g; 0 if the target is -1
             grad_x[:, i : i + rows] = torch.bmm(g, weight) * share
             grad_w.baddbmm_(g.mT, x_i * share)
         ctx.save_for_backward(grad_x, grad_w)

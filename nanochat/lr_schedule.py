@@ -21,9 +21,9 @@ def wd_factor(step: int, num_iterations: int, final_wd_frac: float) -> float:
     return 1 - (1 - final_wd_frac) * step / num_iterations
 
 
-def muon_momentum(step: int) -> float:
-    """0.85 -> 0.95 over the first 300 steps."""
-    left = max(0.0, 1 - step / 300)
+def muon_momentum(step: int, num_iterations: int) -> float:
+    """0.85 -> 0.95 over the first 300 steps, or as large a share of a shorter run as that is of the paper's 561."""
+    left = max(0.0, 1 - step / min(300.0, 300 / 561 * num_iterations))
     return left * 0.85 + (1 - left) * 0.95
 
 
@@ -39,11 +39,9 @@ def base_hparams(
     """`{"lr", "weight_decay"}` per param group at this step, from each group's `initial_lr` and `initial_wd`."""
     lr = lr_factor(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac)
     wd = wd_factor(step, num_iterations, final_wd_frac)
-    return [{"lr": g["initial_lr"] * lr, "weight_decay": g["initial_wd"] * wd} for g in param_groups]
-
-
-def set_momentum(param_groups: list[dict], step: int) -> None:
-    """Set the momentum of the Muon groups for this step."""
-    for group in param_groups:
-        if group["kind"] == "muon":
-            group["momentum"] = muon_momentum(step)
+    momentum = muon_momentum(step, num_iterations)
+    return [
+        {"lr": g["initial_lr"] * lr, "weight_decay": g["initial_wd"] * wd}
+        | ({"momentum": momentum} if g.get("kind") == "muon" else {})
+        for g in param_groups
+    ]

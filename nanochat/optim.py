@@ -1,7 +1,7 @@
-"""AdamW and Muon as pure functions, and MuonAdamW, the one optimizer class for 1 rank and N.
+"""AdamW and Muon as pure functions, and MuonAdamW, an optimizer of both for one rank or several.
 
-K members of a stack, R runs (batched models; absent for one), rows x cols = out x in of a matrix. Hyperparameters may be
-floats, or tensors that broadcast (0-D so that a change never recompiles, (R,) for a rate per run).
+K members of a stack, R runs of a batched model (absent for one model), rows x cols = out x in of a matrix.
+Hyperparameters are floats or tensors that broadcast: 0-D, so that a change never recompiles, or one value per run (R,).
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ POLAR_EXPRESS = (
 
 
 # -----------------------------------------------------------------------------
-# the maths
+# updates
 
 
 def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, eps, bias1, bias2) -> None:
-    """One AdamW step with decoupled decay, in place (Loshchilov & Hutter). `bias1 = 1 - beta1^step`, likewise bias2."""
+    """One AdamW step with decoupled weight decay, in place (Loshchilov & Hutter, arXiv 1711.05101).
+
+    p, grad, exp_avg and exp_avg_sq have the same shape; `bias1 = 1 - beta1^step`, `bias2 = 1 - beta2^step`.
+    """
     grad = grad.to(exp_avg.dtype)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.lerp_(grad.square(), 1 - beta2)
@@ -34,9 +37,9 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, e
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: five Polar Express steps on the smaller Gram side.
+    """Approximately the nearest semi-orthogonal matrices: five Polar Express steps, on the smaller Gram matrix.
 
-    x (N, rows, cols) -> the same shape; singular values end near 1. bf16 on CUDA, the given dtype on CPU.
+    x (N, rows, cols) -> the same shape, with singular values near 1. In bf16 on CUDA, in the given dtype on a CPU.
     """
     if x.is_cuda:
         x = x.bfloat16()
@@ -60,10 +63,11 @@ def _gram(x: torch.Tensor, tall: bool) -> torch.Tensor:
 
 
 def gram_product(gram: torch.Tensor, steps) -> torch.Tensor:
-    """The matrix that several Polar Express steps multiply X by, from its Gram matrix alone: (N, n, n) -> the same.
+    """The product of several Polar Express steps, from the Gram matrix of X alone: (N, n, n) -> the same shape.
 
-    A step makes P X of X and so P A P of its Gram matrix A, P = a I + b A + c A A: a third less work than on a long X.
-    In fp32, that is: rounding grows with the number of steps, and the Gram matrix of X itself is wanted every so often.
+    With P = a I + b A + c A A, a step turns X into P X and its Gram matrix A into P A P. For long X this is a third
+    less work than multiplying X in every step. Rounding errors grow with the number of steps, so it is used in fp32 or
+    wider only, and the Gram matrix is computed again after two steps.
     """
     product = None
     for i, (a, b, c) in enumerate(steps):
@@ -106,11 +110,12 @@ def muon_update(p, grad, momentum_buffer, second_momentum, lr, weight_decay, mom
 class MuonAdamW(torch.optim.Optimizer):
     """Groups with `kind` "adamw" (lr, betas, eps, weight_decay) or "muon" (lr, momentum, beta2, weight_decay).
 
-    Each Muon group is one stack: its parameters become views into a (K, ..., rows, cols) tensor, so that a step neither
-    gathers nor scatters them. With a leading run axis R the group's lr and weight_decay may be tensors of shape (R,).
+    Each Muon group is one stack: its parameters become views into a (K, ..., rows, cols) tensor, so that a step does
+    not copy them. A group's lr and weight_decay are read at every step: floats or 0-D tensors, or tensors (R,) where
+    the parameters have a leading run axis R. Tensors may be filled in place between steps.
 
-    Over N ranks gradients are averaged, and work and state are sharded: Muon by stack members, large AdamW tensors by
-    rows. The state dict is always that of one rank, so it loads at any world size.
+    Over several ranks, gradients are averaged, and work and state are sharded: Muon by members of the stack, large
+    AdamW tensors by rows. The state dict is the one of a single rank, so it loads at any world size.
 
     Raises ValueError for an unknown kind, a missing or repeated name, or a Muon group of mixed shapes.
     """
@@ -123,7 +128,7 @@ class MuonAdamW(torch.optim.Optimizer):
         names = [group.get("name") for group in self.param_groups]
         for group, name in zip(self.param_groups, names):
             if group.get("kind") not in shards or name is None or names.count(name) > 1:
-                raise ValueError(f"a param group needs a name of its own and a kind out of {sorted(shards)}")
+                raise ValueError(f"each param group needs a name of its own and a kind from {sorted(shards)}")
             self._shards.append(shards[group["kind"]](group, rank, world_size))
         cuda = self.param_groups[0]["params"][0].is_cuda
         self._compiled = {
@@ -133,7 +138,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Reduce, update and gather every group; communication of one group overlaps the work of the others."""
+        """Reduce, update and gather every group; the communication of one group overlaps the work on the others."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for shard in self._shards:
@@ -148,18 +153,22 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def reset(self) -> None:
-        """Forget everything but the parameters, as if newly made."""
+        """Set the state to that of a new optimizer; the parameters stay as they are."""
         for shard in self._shards:
             shard.steps = 0
             for tensor in shard.state.values():
                 tensor.zero_()
 
+    def run_states(self) -> list[tuple[torch.Tensor, int]]:
+        """The state tensors of a batched model on one rank, each with the number of its run axis R."""
+        return [(t, 0 if shard.group["kind"] == "adamw" else 1) for shard in self._shards for t in shard.state.values()]
+
     def state_dict(self) -> dict:
-        """`{group name: {tensor name: full tensor, "step": int}}`, independent of ranks; collective when N > 1."""
+        """`{group name: {tensor name: full tensor, "step": int}}`, alike on all ranks; collective on several ranks."""
         return {shard.group["name"]: shard.state_dict() for shard in self._shards}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over a `state_dict()` of any world size. Raises ValueError when groups, names or shapes differ."""
+        """Restore a `state_dict()` of any world size. Raises ValueError when groups, names or shapes differ."""
         if set(state) != {s.group["name"] for s in self._shards}:
             raise ValueError(
                 f"optimizer state holds the groups {sorted(state)}, not {sorted(s.group['name'] for s in self._shards)}"

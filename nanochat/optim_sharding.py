@@ -1,6 +1,6 @@
-"""How a param group is updated: what each rank owns of it, how gradients and parameters travel, in what portions.
+"""How a param group is updated on one rank or several: which part a rank owns, and how gradients and weights are sent.
 
-K members of a stack, R runs (batched models; absent for one), rows x cols = out x in of a matrix.
+K members of a stack, R runs of a batched model (absent for one model), rows x cols = out x in of a matrix.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-SHARD_MIN_NUMEL = 4096  # smaller AdamW tensors are updated by every rank: cheaper than gathering them
-CACHE_ELEMENTS = 1 << 17  # matrix elements that a CPU updates at a time, so that its passes over them stay in cache
+SHARD_MIN_NUMEL = 4096  # smaller AdamW tensors are updated by every rank, which is cheaper than gathering them
+CACHE_ELEMENTS = 1 << 17  # matrix elements that a CPU updates at a time, so that they stay in its cache
 
 
 def _has_axes(value) -> bool:
@@ -17,14 +17,15 @@ def _has_axes(value) -> bool:
 
 
 def _scalar(value, like: torch.Tensor):
-    """A float, or on CUDA a 0-D tensor: a change never recompiles. Filled there: a copy would wait for the device."""
+    """A float, or on CUDA a 0-D tensor, filled there without a copy: a change neither recompiles nor synchronises."""
     return torch.full((), float(value), device=like.device) if like.is_cuda else float(value)
 
 
 class Shard:
-    """The part of one param group that this rank updates, and how it talks to the other ranks.
+    """The part of one param group that this rank updates, and its communication with the other ranks.
 
-    A subclass knows a state tensor's `_full_shape(name)`, all of it: `_full(name, part)`, its part: `_own(name, full)`.
+    A subclass defines, for a state tensor: `_full_shape(name)`; `_full(name, part)`, the whole of it from the parts of
+    all ranks; `_own(name, full)`, this rank's part.
     """
 
     def __init__(self, group: dict, rank: int, world_size: int):
@@ -39,10 +40,10 @@ class Shard:
         self._pending.clear()
 
     def _hyper(self, name: str, like: torch.Tensor, trailing: int):
-        """A hyperparameter as it enters the maths: (R,) with `trailing` unit axes, or a 0-D tensor if compiled."""
+        """A hyperparameter of the group for an update: (R,) with `trailing` axes of 1 added, else as in `_scalar`."""
         value = self.group[name]
         if _has_axes(value):
-            dtype = torch.promote_types(like.dtype, torch.float32)  # a bf16 weight's rate is not rounded to bf16
+            dtype = torch.promote_types(like.dtype, torch.float32)  # rates are not rounded to bf16
             return value.to(like.device, dtype).view(-1, *(1,) * trailing)
         return _scalar(value, like)
 
@@ -51,7 +52,7 @@ class Shard:
         self._pending.append(gather(out, part, async_op=True))
 
     def _gathered(self, part: torch.Tensor) -> torch.Tensor:
-        """The parts of all ranks, one after another."""
+        """The parts of all ranks, concatenated."""
         if self.world_size == 1:
             return part
         out = part.new_empty(self.world_size * part.size(0), *part.shape[1:])
@@ -80,7 +81,7 @@ class Shard:
 
 
 class AdamWShard(Shard):
-    """Large tensors are split by rows of their first axis, small ones are updated by every rank."""
+    """Large tensors are split along their first axis; small ones are updated by every rank."""
 
     def __init__(self, group, rank, world_size):
         super().__init__(group, rank, world_size)
@@ -132,7 +133,7 @@ class AdamWShard(Shard):
             f(p, *rest, *rates, beta1, beta2, self.group["eps"], *bias)
 
     def _one_pass(self, params, grads, *averages) -> None:
-        """`adamw_update` by PyTorch's fused kernel: one sweep over memory, not ten. It takes floats, so a call per run."""
+        """`adamw_update` by PyTorch's fused CPU kernel, one pass over memory. It takes floats: with R runs, R calls."""
         tensors = [params, [g.contiguous() for g in grads], *averages]
         rates = [torch.as_tensor(self.group[name], dtype=torch.float64) for name in ("lr", "weight_decay")]
         rates = torch.stack(torch.broadcast_tensors(*rates))  # (2,) or (2, R)
@@ -160,7 +161,7 @@ class AdamWShard(Shard):
 
 
 class MuonShard(Shard):
-    """The stack is padded to a multiple of the ranks; each rank owns a run of its members."""
+    """The stack is padded to a multiple of the world size; each rank owns a block of consecutive members."""
 
     def __init__(self, group, rank, world_size):
         super().__init__(group, rank, world_size)
@@ -168,7 +169,7 @@ class MuonShard(Shard):
         if len({p.shape for p in params}) != 1:
             raise ValueError(f"Muon group {group['name']} mixes shapes {sorted({tuple(p.shape) for p in params})}")
         self.own = -(-len(params) // world_size)
-        self.stack = params[0].new_zeros(self.own * world_size, *params[0].shape)  # (K padded, [R,] rows, cols)
+        self.stack = params[0].new_zeros(self.own * world_size, *params[0].shape)  # (padded K, [R,] rows, cols)
         for p, member in zip(params, self.stack):
             member.copy_(p.data)
             p.data = member

@@ -1,7 +1,7 @@
 """Schedule-free AdamW on the AdamW groups, Muon on the matrices: the baseline of the paper's Table 3.
 
-The `schedulefree` package keeps two versions of the weights and must be told which one is wanted: `train()` before
-training steps, `eval()` before evaluating or exporting.
+The `schedulefree` package keeps two versions of the weights: call `train()` before training steps, and `eval()` before
+evaluating or saving a model.
 """
 
 from __future__ import annotations
@@ -12,28 +12,39 @@ import torch.distributed as dist
 
 from nanochat.optim import MuonAdamW
 
-_COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")  # what the package keeps outside its tensors
+_COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")  # the package's state besides its tensors
 
 
 class ScheduleFreeMuon:
-    """One optimizer out of two: `groups` of kind "muon" go to `MuonAdamW`, the rest to `AdamWScheduleFree`.
+    """Two optimizers as one: `groups` of kind "muon" go to `MuonAdamW`, those of kind "adamw" to `AdamWScheduleFree`.
 
-    `lr`, `weight_decay` and `warmup_steps` are the schedule-free part's, the same for all its groups. Its gradients are
-    averaged over ranks, its state is the same on every rank.
+    `lr`, `weight_decay`, `warmup_steps` and `betas` are for all schedule-free groups; the groups' own are not used.
+    `param_groups` holds the Muon groups, whose lr, weight decay and momentum a schedule may set before every step.
+    Gradients are averaged over ranks; the schedule-free state is the same on every rank.
+    Raises ValueError unless both betas lie between 0 and 1.
     """
 
     def __init__(
-        self, groups: list[dict], lr: float, weight_decay: float, warmup_steps: int, rank: int = 0, world_size: int = 1
+        self,
+        groups: list[dict],
+        lr: float,
+        weight_decay: float,
+        warmup_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        betas: tuple[float, float] = (0.9, 0.999),  # the package's
     ):
+        if not all(0 < beta < 1 for beta in betas):
+            raise ValueError(f"schedule-free betas {betas} must lie between 0 and 1")
         self.muon = MuonAdamW([g for g in groups if g["kind"] == "muon"], rank, world_size)
         self.params = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
-        for p in self.params:  # the averages that it keeps in the weights' place stand still in bf16
+        for p in self.params:  # the weights hold an average over steps, to which late steps add too little for bf16
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         self.free = schedulefree.AdamWScheduleFree(
-            self.params, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps
+            self.params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, warmup_steps=warmup_steps
         )
         self.world_size = world_size
-        self.param_groups = self.muon.param_groups  # what a base schedule and a controller may set
+        self.param_groups = self.muon.param_groups
         self.free.train()
 
     def train(self) -> None:
@@ -43,7 +54,7 @@ class ScheduleFreeMuon:
         self.free.eval()
 
     def step(self, closure=None):
-        """One step of both; in train mode only."""
+        """One step of both optimizers; the package raises an exception unless it is in train mode."""
         loss = None if closure is None else closure()
         if self.world_size > 1:
             for p in self.params:
@@ -53,8 +64,12 @@ class ScheduleFreeMuon:
         self.muon.step()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.free.zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+
     def state_dict(self) -> dict:
-        """Nested dict of tensors and numbers; collective when N > 1. Taken in train mode it resumes bit for bit."""
+        """Nested dict of tensors and numbers; collective on several ranks. Taken in train mode, it resumes exactly."""
         tensors = {f"{i}.{key}": t.clone() for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}
         return {
             "muon": self.muon.state_dict(),
@@ -63,9 +78,9 @@ class ScheduleFreeMuon:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when names or shapes differ."""
+        """Restore a `state_dict()`. Raises ValueError when names or shapes differ."""
         expected = {f"{i}.{name}" for i in range(len(self.params)) for name in ("z", "exp_avg_sq")}
-        if set(state["free"]) not in (expected, set()):  # none: saved before the first step
+        if set(state["free"]) not in (expected, set()):  # empty: saved before the first step
             raise ValueError(f"schedule-free state holds {sorted(state['free'])}, not {sorted(expected)}")
         self.muon.load_state_dict(state["muon"])
         self.free.state.clear()

@@ -1,18 +1,21 @@
-"""Text is tokenized once: a memory-mapped cache of token ids, one pair of files per shard, and the three splits of it.
+"""The token cache: shards tokenized once into memory-mapped files, and the splits train, probe, val and test.
 
     <base>/data/tokens/<key>/
         shard_00000.tokens       the documents end to end, each <|bos|> + tokens, raw uint16 or uint32
         shard_00000.offsets.npy  (documents + 1,) int64: document d is tokens[offsets[d]:offsets[d+1]]
         cache.json               what it was made from, for people
 
-The key names the tokenizer and the shards (name, size, time of change), so other text or another tokenizer is another
-cache. The offsets are written last: a shard that has them is whole, and an interrupted build goes on with the others.
+The key is a hash of the tokenizer and the shards (name, size, time of change), so other text or another tokenizer gets
+a cache of its own. A shard's offsets are written last: a shard that has them is complete, and a build that was
+interrupted continues with the others.
+
+Splits, by document: of the last shard, even documents are `val` and odd ones `test`; of every other shard, documents
+0, 64, 128, ... are `probe` and the rest `train`. Settings are chosen on `val`; `test` is for final results only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -25,19 +28,16 @@ from tqdm import tqdm
 
 from nanochat.common import Compute, UserError, base_dir, print0
 from nanochat.dataset import iter_texts, split_shards
-from nanochat.files import write_json
+from nanochat.files import atomic_file, locked, write_json
 from nanochat.tokenizer import Tokenizer
 
-FORMAT = 1  # of the cache and of the row plans beside it: a change of either rule must change it
-PROBE_EVERY = 64  # documents 0, 64, 128, ... of a training shard feed the controller's probe loss and nothing else
-SPLITS = ("train", "probe", "val")
+FORMAT = 2  # version of the cache, its splits and its row plans; part of the key
+PROBE_EVERY = 64  # every 64th document of a training shard is used for the controller's probe loss and nothing else
+SPLITS = ("train", "probe", "val", "test")
 
 
 class TokenCache:
-    """The tokens of a folder of shards. Build or reopen it with `TokenCache.build`.
-
-    Splits: `val` is the last shard; of every other one, `probe` is every 64th document and `train` the rest.
-    """
+    """The tokens of a folder of shards. Build or reopen it with `TokenCache.build`."""
 
     def __init__(self, folder: Path, n_shards: int, dtype: np.dtype):
         self.folder, self.n_shards, self.dtype = folder, n_shards, np.dtype(dtype)
@@ -45,9 +45,9 @@ class TokenCache:
 
     @classmethod
     def build(cls, data_folder: Path, tokenizer: Tokenizer, compute: Compute | None = None) -> TokenCache:
-        """Tokenize the shards that are not in the cache yet; every rank returns once all are.
+        """Tokenize the shards that are not in the cache yet; every rank returns when the cache is complete.
 
-        On several ranks rank 0 does the work, all its cores helping. Raises `UserError` if a split has no document.
+        Rank 0 does the work, on all its cores. Raises `UserError` if a split has no document.
         """
         train, val = split_shards(data_folder)
         shards = [*train, val]
@@ -63,12 +63,12 @@ class TokenCache:
         for split in SPLITS:
             if not any(len(cache.documents(split, shard)[0]) for shard in cache.shards(split)):
                 raise UserError(
-                    f"{data_folder} leaves no document for the {split} split; give it more documents "
-                    "(validation needs a shard with 1, training another with 2)"
+                    f"{data_folder} has no document for the {split} split; add documents: the last shard needs "
+                    "2 (val and test), and another shard 2 (probe and train)"
                 )
         return cache
 
-    def __reduce__(self):  # another process maps the files itself
+    def __reduce__(self):  # unpickled in another process, which maps the files itself
         return TokenCache, (self.folder, self.n_shards, self.dtype)
 
     # -----------------------------------------------------------------------------
@@ -78,20 +78,20 @@ class TokenCache:
         """The shards that hold `split`, by index. Raises `UserError` for a split that does not exist."""
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
-        return range(self.n_shards - 1, self.n_shards) if split == "val" else range(self.n_shards - 1)
+        last = self.n_shards - 1
+        return range(last, self.n_shards) if split in ("val", "test") else range(last)
 
     def documents(self, split: str, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the split's documents start in the shard's tokens, and how long they are: two (documents,) int64."""
+        """Start and length, in tokens, of the split's documents in one of its shards: two (documents,) int64."""
         offsets = np.load(self._path(shard, "offsets.npy"))
-        index = np.arange(len(offsets) - 1)
-        chosen = index >= 0 if split == "val" else (index % PROBE_EVERY == 0) == (split == "probe")
+        chosen = in_split(split, np.arange(len(offsets) - 1))
         return offsets[:-1][chosen], np.diff(offsets)[chosen]
 
     def tokens(self, shard: int) -> np.ndarray:
         """The shard's token ids, memory-mapped and read-only, (tokens,) uint16 or uint32."""
         if shard not in self._tokens:
             mapped = np.memmap(self._path(shard, "tokens"), dtype=self.dtype, mode="r")
-            self._tokens[shard] = mapped.view(np.ndarray)  # slices of a plain array cost a tenth of a memmap's
+            self._tokens[shard] = mapped.view(np.ndarray)  # slicing a plain array takes a tenth of the time
         return self._tokens[shard]
 
     def _path(self, shard: int, suffix: str) -> Path:
@@ -101,7 +101,7 @@ class TokenCache:
     # writing
 
     def _fill(self, shards: list[Path], tokenizer: Tokenizer) -> None:
-        missing = [shard for shard in range(self.n_shards) if not self._is_whole(shard)]
+        missing = [shard for shard in range(self.n_shards) if not self._is_complete(shard)]
         if not missing:
             return
         threads, start, n_bytes = os.cpu_count(), time.perf_counter(), 0
@@ -115,8 +115,8 @@ class TokenCache:
             f"{time.perf_counter() - start:.1f} s on {threads} threads -> {self.folder}"
         )
 
-    def _is_whole(self, shard: int) -> bool:
-        """Whether the shard is cached. A damaged one is named in one printed line and counts as missing."""
+    def _is_complete(self, shard: int) -> bool:
+        """Whether the shard is cached. A damaged one counts as missing, with a printed line that names it."""
         tokens_path, offsets_path = self._path(shard, "tokens"), self._path(shard, "offsets.npy")
         if not offsets_path.exists():
             return False
@@ -139,7 +139,7 @@ class TokenCache:
         return False
 
     def _write_shard(self, shard: int, source: Path, tokenizer: Tokenizer, threads: int) -> Iterator[int]:
-        """Tokenize one shard, yielding the bytes of text done, batch by batch."""
+        """Tokenize one shard; yields the bytes of text of each batch."""
         lengths, bos = [0], np.array([tokenizer.bos], dtype=self.dtype)
         with atomic_file(self._path(shard, "tokens")) as f:
             for texts in iter_texts(source):
@@ -151,26 +151,13 @@ class TokenCache:
             np.save(f, np.cumsum(lengths, dtype=np.int64))
 
 
+def in_split(split: str, index):
+    """Whether document `index` (an integer, or an array of them) of one of the split's shards belongs to `split`."""
+    if split in ("val", "test"):
+        return (index % 2 == 0) == (split == "val")
+    return (index % PROBE_EVERY == 0) == (split == "probe")
+
+
 def shard_records(paths: list[Path]) -> list[list]:
-    """`[name, bytes, time of last change in ns]` of every shard: what tells one folder of text from another."""
+    """`[name, bytes, time of last change in ns]` of every shard, from which the cache's key is made."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path):
-    """A binary file that appears under its name only once it is complete and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """One process at a time writes into `folder`; the system drops the lock of a process that dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield

@@ -1,6 +1,6 @@
-"""Byte-level BPE: trained with `rustbpe`, run with `tiktoken`, kept as one JSON file.
+"""Byte-level BPE: trained with `rustbpe`, applied with `tiktoken`, stored as one JSON file.
 
-Ids: the merges in the order they were learnt (the 256 single bytes first), then the special tokens, `<|bos|>` first.
+Ids: the 256 single bytes, the merges in the order they were learned, then the special tokens, `<|bos|>` first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanochat.files import read_json, write_json
 
 FORMAT = 1
 FILE_NAME = "tokenizer.json"
-RETRAIN = "train it anew: python -m scripts.tok_train --force"
+RETRAIN = "train it again: python -m scripts.tok_train --force"
 
 SPECIAL_TOKENS = [
     "<|bos|>",
@@ -36,17 +36,17 @@ SPECIAL_TOKENS = [
     "<|output_end|>",
 ]
 
-# Text is cut into these pieces first; merges never cross a cut. GPT-4's pattern with two changes: digits in groups of
-# at most 2 (a small vocabulary cannot spare tokens for 1,000 numbers), and runs of whitespace in pieces of at most 256
-# (an unbounded run backtracks until the regex engine overflows its stack: a million spaces would end the program).
+# Text is first cut into these pieces; merges never cross a cut. GPT-4's pattern with two changes: digits in groups of
+# at most 2 (a small vocabulary cannot spare tokens for 1,000 numbers), and whitespace in pieces of at most 256 (on an
+# unbounded run the regex engine backtracks until its stack overflows: a million spaces would crash the program).
 SPLIT_PATTERN = "|".join(
     [
         r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
-        r"[^\r\n\p{L}\p{N}]?+\p{L}+",  # a word, with the one space or sign before it
+        r"[^\r\n\p{L}\p{N}]?+\p{L}+",  # a word, with one space or sign before it
         r"\p{N}{1,2}",  # digits
         r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs, with the line break after them
         r"\s{0,256}[\r\n]",  # blank lines
-        r"\s{1,256}(?!\S)",  # whitespace but for the last one, which belongs to the word that follows
+        r"\s{1,256}(?!\S)",  # whitespace, except the last one, which goes with the next word
         r"\s",
     ]
 )
@@ -58,10 +58,10 @@ def tokenizer_folder(name: str = "default") -> Path:
 
 
 class Tokenizer:
-    """A fixed vocabulary. Text is always ordinary text: a special token spelt out in a document stays plain characters.
+    """A fixed vocabulary. The name of a special token in a text is encoded as ordinary characters.
 
     `ranks`: the bytes of every ordinary token, by id. Raises `ValueError` if they lack a byte or repeat a token, or if
-    the pattern is no regular expression.
+    the pattern is not a regular expression.
     """
 
     def __init__(self, pattern: str, ranks: list[bytes]):
@@ -80,13 +80,15 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn `vocab_size` - 9 ordinary tokens from `texts`; equal texts in equal order give an equal tokenizer.
+        """Learn `vocab_size` - 9 ordinary tokens; the same texts in the same order give the same tokenizer.
 
-        Raises `UserError` if the vocabulary is too small for bytes and specials, or too large for the text.
+        Raises `UserError` if the vocabulary is too small for bytes and special tokens, or too large for the text.
         """
         n_ranks, smallest = vocab_size - len(SPECIAL_TOKENS), 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise UserError(f"--vocab-size {vocab_size} is too small; {smallest} hold the 256 bytes and the specials")
+            raise UserError(
+                f"--vocab-size {vocab_size} is too small; the 256 bytes and the special tokens need {smallest}"
+            )
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(map(well_formed, texts), n_ranks, pattern=SPLIT_PATTERN)
         ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
@@ -112,10 +114,11 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the definition: equal fingerprints, equal tokens for every text."""
+        """sha256 (hex) of the definition: tokenizers of the same fingerprint give the same tokens for every text."""
         return hashlib.sha256(json.dumps(self._definition, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
+        """Write the definition to `folder`/tokenizer.json."""
         write_json(Path(folder) / FILE_NAME, self._definition)
 
     @classmethod
@@ -130,7 +133,7 @@ class Tokenizer:
         try:
             if saved["special_tokens"] != SPECIAL_TOKENS:
                 raise ValueError("its special tokens are not nanochat's")
-            if saved["pattern"] != SPLIT_PATTERN:  # another one may match nothing, or backtrack for ever
+            if saved["pattern"] != SPLIT_PATTERN:  # another pattern may match nothing, or backtrack without end
                 raise ValueError("its split pattern is not nanochat's")
             pattern, ranks = saved["pattern"], [base64.b64decode(token, validate=True) for token in saved["ranks"]]
             return cls(pattern, ranks)
@@ -146,7 +149,7 @@ class Tokenizer:
         return [self.bos, *ids] if bos else ids
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        """The ids of every text as uint32 arrays, without `<|bos|>`. tiktoken leaves the GIL, so threads are cores."""
+        """The ids of every text, uint32, without `<|bos|>`. tiktoken releases the GIL: threads run in parallel."""
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self._encode_array, texts))
 
@@ -154,16 +157,16 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens by name. Bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`, special tokens by name. Bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode(list(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: the raw bytes of each token, 0 for the specials (what bits per byte divides by)."""
+        """(vocab_size,) int32: the number of bytes of each token, 0 for special tokens; used for bits per byte."""
         return np.array([len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
 
 def well_formed(text: str) -> str:
-    """`text` with lone surrogates (JSON can smuggle them in) replaced by `?`: they have no UTF-8."""
+    """`text` with lone surrogates, which JSON may contain and UTF-8 cannot express, replaced by `?`."""
     try:
         text.encode()
         return text

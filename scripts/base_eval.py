@@ -1,12 +1,14 @@
-"""Evaluate a trained model: bits per byte on both splits, and samples of text.
+"""Evaluate a trained model: bits per byte on some splits, and samples of text.
 
-python -m scripts.base_eval --model-tag d6                          what scripts.base_train left in runs/d6
+python -m scripts.base_eval --model-tag d6                          what scripts.base_train saved in runs/d6
+python -m scripts.base_eval --model-tag d6 --splits val test        bits per byte on validation and test
 python -m scripts.base_eval --model-tag d6 --prompt "def main("     continue a text of your own
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -18,9 +20,36 @@ from nanochat.engine import generate
 from nanochat.files import read_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
-from nanochat.token_cache import TokenCache
+from nanochat.token_cache import SPLITS, TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.runs import run_folder
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer, str]:
+    """The model of a finished run on `device`, its tokenizer, and the name of the data it was trained on.
+
+    No weight is rounded: each keeps its saved dtype (a schedule-free run's embeddings are fp32 on CUDA, too), or
+    becomes fp32 on a CPU. Raises `UserError` for files that are missing, malformed or do not belong together.
+    """
+    record = read_json(folder / "config.json", "the run's config")
+    weights = load_model_weights(folder / "model.safetensors")
+    with untrusted(folder / "config.json"):
+        name, data = str(record["flags"]["tokenizer"]), str(record["flags"]["data"])
+        config = GPTConfig(**record["model"])
+        tokenizer = Tokenizer.load(tokenizer_folder(name))
+        if tokenizer.fingerprint != record["tokenizer"]:
+            raise UserError(f"tokenizer {name!r} is not the one that {folder} was trained with; restore that one")
+        if not 0 < config.n_layer <= len(weights):
+            raise ValueError(f"{config.n_layer} layers, but the weights are {len(weights)} tensors")
+        with torch.device("meta"):
+            model = GPT(config)
+        check_tensors(model.state_dict(), weights, str(folder / "model.safetensors"))
+        model.to_empty(device=device)
+        model.fill_rotary()
+        for name, t in weights.items():
+            weights[name] = t.to(device, torch.float32 if device.type == "cpu" else t.dtype)
+        model.load_state_dict(weights, assign=True)
+    return model.eval(), tokenizer, data
 
 
 def main() -> None:
@@ -31,6 +60,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--model-tag", required=True, help="the run's folder under runs/")
     flag("--data", help="default: what the run was trained on")
+    flag("--splits", nargs="+", choices=SPLITS, default=["train", "val"], help="which to evaluate")
     flag("--device-batch-size", type=int, default=16, help="rows at a time")
     flag("--eval-tokens", type=int, default=262144, help="per split")
     flag("--prompt", action="append", help="text to continue; may be given several times")
@@ -47,29 +77,7 @@ def main() -> None:
     # the model
 
     compute = init_compute(args.device_type)
-    folder = run_folder(args.model_tag)
-    record = read_json(folder / "config.json", "the run's config")
-    weights = load_model_weights(folder / "model.safetensors")
-    with untrusted(folder / "config.json"):
-        name, data, config = (
-            str(record["flags"]["tokenizer"]),
-            str(record["flags"]["data"]),
-            GPTConfig(**record["model"]),
-        )
-        tokenizer = Tokenizer.load(tokenizer_folder(name))
-        if tokenizer.fingerprint != record["tokenizer"]:
-            raise UserError(
-                f"tokenizer {name!r} is not the one that {folder} was trained with; train it again as it was"
-            )
-        if not 0 < config.n_layer <= len(weights):
-            raise ValueError(f"{config.n_layer} layers, but the weights are {len(weights)} tensors")
-        with torch.device("meta"):
-            model = GPT(config)
-        check_tensors(model.state_dict(), weights, str(folder / "model.safetensors"))
-        model.to_empty(device=compute.device)
-        model.init_weights()
-        model.load_state_dict(weights)
-    model.eval()
+    model, tokenizer, data = load_run(run_folder(args.model_tag), compute.device)
 
     # -------------------------------------------------------------------------
     # bits per byte
@@ -78,7 +86,7 @@ def main() -> None:
     cache = TokenCache.build(resolve_data(args.data or data), tokenizer, compute)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=compute.device)
     steps = max(1, args.eval_tokens // (args.device_batch_size * T * compute.world_size))
-    for split in ("train", "val"):
+    for split in args.splits:
         loader = DataLoader(cache, split, args.device_batch_size, T, compute.device, compute.rank, compute.world_size)
         with compute.autocast():
             bpb = bits_per_byte(model, (loader.get(i) for i in range(steps)), token_bytes, compute.world_size)

@@ -11,48 +11,34 @@ Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, mod
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import time
-from pathlib import Path
 
 import torch
 
-from jel.actions import IDENTITY, apply_multipliers, validate_multipliers
-from jel.controller import Controller, load_controller
-from jel.errors import JelError
-from nanochat.checkpoint import (
-    CheckpointWriter,
-    check_tensors,
-    load_checkpoint_together,
-    rng_state,
-    set_rng_state,
-    untrusted,
-)
+from jel import Controller, Decision, JelError, apply_multipliers, as_decision, load_controller
+from nanochat.checkpoint import save_weights
 from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
-from nanochat.dataloader import DataLoader, fixed_batches
+from nanochat.dataloader import DataLoader
 from nanochat.dataset import corpus_record, resolve_data
-from nanochat.divergence_guard import REACH, DivergenceGuard
+from nanochat.divergence_guard import DivergenceGuard, Verdict
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import bits_per_byte
-from nanochat.lr_schedule import base_hparams, set_momentum
+from nanochat.lr_schedule import base_hparams
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
-from nanochat.run_log import RunLog, Stopwatch, format_seconds
+from nanochat.run_log import Stopwatch, format_seconds
 from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
-from nanochat.weights import save_weights
+from nanochat.train_step import train_step
+from scripts.evaluation import Evaluator, UpdateJudge, global_grad_norm
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.runs import (
-    LARGEST,
-    check_model,
-    check_numbers,
-    check_same_flags,
-    hold,
-    is_finished,
-    resumable_flags,
-    run_folder,
+from scripts.run_state import Progress, RunState, checkpoints_to_keep
+from scripts.runs import LARGEST, check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
+from scripts.training_log import TrainingLog
+
+SKIPPED = (
+    "step {step}: loss {loss:.4g} is a spike, but the weights do well on the last good batch: its update is skipped"
 )
 
 # -----------------------------------------------------------------------------
@@ -80,12 +66,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-param-data-ratio")
     flag("--target-param-data-ratio", type=float, default=4.0, help="training tokens per parameter")
     flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank")
-    flag(
-        "--total-batch-size",
-        type=int,
-        default=524288,
-        help="tokens per optimizer step, over all ranks and micro-batches",
-    )
+    flag("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, over all ranks")
     # hyperparameters
     flag(
         "--hparams",
@@ -116,19 +97,28 @@ def flags() -> argparse.ArgumentParser:
     flag("--sf-lr", type=float, default=2.0)
     flag("--sf-wd", type=float, default=0.0)
     flag("--sf-warmup", type=int, default=0, help="steps")
+    flag("--sf-beta1", type=float, default=0.9)
+    flag("--sf-beta2", type=float, default=0.999)
+    flag(
+        "--sf-muon-schedule",
+        choices=["constant", "warmdown"],
+        default="constant",
+        help="of Muon's rate and decay in a schedule-free run; warmdown: the base schedule, as in the other runs",
+    )
     flag("--controller", default="none", help="none, jel, schedule, or PYTHON.PATH:Class")
     flag("--policy", help="the controller's policy (or schedule) file; default: the policy shipped with the package")
     flag("--decision-interval", type=int, default=50, help="steps between the controller's decisions")
     # evaluation, saving, logging
-    flag("--eval-every", type=int, default=50, help="steps between validations; 0 = only at the end")
+    flag("--eval-every", type=int, default=50, help="steps between validations; 0 or -1 = only at the end")
     flag("--eval-tokens", type=int, default=20 * 524288)
+    flag("--test-tokens", type=int, default=20 * 524288, help="read once, at the end; 0 = the test split is not read")
     flag("--sample-tokens", type=int, default=64, help="tokens of sample text at the end; 0 = none")
     flag("--save-every", type=int, default=100, help="steps between checkpoints; 0 = none")
     flag(
         "--max-recoveries",
         type=int,
         default=8,
-        help="divergences to mend (skip a bad batch, or go back and cut the rates) before giving up; 0 = off",
+        help="divergences to recover from (skip a bad batch, or go back and lower the rates) before giving up; 0 = off",
     )
     flag(
         "--resume",
@@ -150,9 +140,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Controller
     """The flags over the preset's defaults, and the controller they name."""
     args = parse_with_preset(flags(), "base_train", argv)
     controller = load_controller(args.controller, args.policy)
-    args.policy_digest = getattr(
-        controller, "digest", None
-    )  # a policy trained anew under the same name makes another run
+    # a policy that was trained again under the same name makes another run
+    args.policy_digest = getattr(controller, "digest", None)
     return args, controller
 
 
@@ -167,7 +156,7 @@ def main() -> int:
     seed_everything(derive_seed(args.seed, "init"))
     stop = StopRequest(compute)
     folder = run_folder(args.model_tag or f"d{args.depth}")
-    lock = hold(folder, compute, wait=args.resume == "auto")  # until this process ends
+    lock = hold(folder, compute, wait=args.resume == "auto")  # noqa: F841  held until this process ends
     if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
@@ -176,53 +165,177 @@ def main() -> int:
     cache = TokenCache.build(data, tokenizer, compute)
 
     # -------------------------------------------------------------------------
-    # model
+    # model, length, optimizer
 
+    model = build_model(args, tokenizer.vocab_size, compute)
+    config = model.config
+    forward = model.prepare()  # the model as it is called: compiled on CUDA
+    print0(model.kernels)
+    num_iterations, accumulation = derive_length(args, model.num_params(), compute.world_size)
+    optimizer, schedule = build_optimizer(args, model, compute)
+    groups = optimizer.param_groups
+
+    # -------------------------------------------------------------------------
+    # data, evaluation
+
+    order = {"rows_per_step": args.total_batch_size // args.max_seq_len, "seed": derive_seed(args.seed, "data")}
+    where = compute.device, compute.rank, compute.world_size
+    loader = DataLoader(cache, "train", args.device_batch_size, args.max_seq_len, *where, **order)
+    evaluator = Evaluator(args, forward, optimizer, cache, tokenizer, compute)
+
+    # -------------------------------------------------------------------------
+    # what changes from here on, and resuming it
+
+    if controller and args.decision_interval > num_iterations:
+        print0(f"warning: a decision every {args.decision_interval} steps: the controller decides once, at the start")
+    guard, progress = DivergenceGuard(args.max_recoveries), Progress()
+    parts = {"model": model, "optimizer": optimizer, "controller": controller, "guard": guard, "progress": progress}
+    state = RunState(folder, args, MAY_CHANGE, compute, checkpoints_to_keep(args.save_every), **parts)
+    resumed = state.resume() if args.resume == "auto" else None
+    if resumed is None and args.save_every:
+        state.save(0)  # so that there is always something to go back to
+    record = {"flags": vars(args), "model": vars(config), "parameters": model.num_params(), "data": corpus_record(data)}
+    record |= {"tokenizer": tokenizer.fingerprint, "num_iterations": num_iterations}
+    log = TrainingLog(folder, record, compute, resume_step=resumed, recoveries=guard.tries, wandb_name=args.run)
+    log.num_iterations, log.batch_tokens = num_iterations, args.total_batch_size
+    log.flops_per_token = model.flops_per_token()
+
+    # -------------------------------------------------------------------------
+    # loop
+
+    step, first = resumed or 0, resumed or 0
+    watch, judge = Stopwatch(num_iterations, done=step), UpdateJudge(guard, model, evaluator, loader, compute)
+    while step < num_iterations:
+        if args.eval_every > 0 and step % args.eval_every == 0:
+            log.validation(step, evaluator.bits_per_byte("val", progress))
+        compute.synchronize()
+        t0 = time.perf_counter()
+
+        # ---- the hook: base schedule, controller, param groups ----
+        base = base_hparams(groups, step, num_iterations, **schedule)
+        if controller and step % args.decision_interval == 0 and step != progress.returned_to:
+            decision = decide(controller, step / num_iterations, step, evaluator, progress)
+            progress.multipliers = decision.multipliers
+            if decision.go_back is not None:
+                guard.count(f"the controller asked at step {step} to go back")
+                back, _ = state.go_back(max(0, step - decision.go_back), controller_too=False)
+                progress.multipliers, progress.returned_to = decision.multipliers, back
+                log.returned(step, back, "the controller asked to go back", guard.tries)
+                step, watch = back, Stopwatch(num_iterations, done=back)
+                continue
+        multipliers = guard.limit(progress.multipliers)
+        apply_multipliers(groups, base, multipliers)
+        # ---- end of the hook ----
+
+        judge.step = step
+        train_step(forward, optimizer, [loader.get(step, i) for i in range(accumulation)], compute, accept=judge)
+        if judge.verdict is Verdict.GO_BACK:
+            back, before = state.go_back(guard.reach(step), controller_too=True)
+            log.returned(step, back, guard.cut(step, judge.loss, multipliers, before), guard.tries)
+            step, watch = back, Stopwatch(num_iterations, done=back)
+            continue
+        if judge.verdict is Verdict.SKIP_SPIKE:
+            log.event(step, SKIPPED.format(step=step, loss=judge.loss), guard.tries)
+        if judge.verdict is Verdict.TAKE:
+            progress.took(judge.loss)
+            if controller and "grad_norm" in controller.observes and (step + 1) % args.decision_interval == 0:
+                progress.grad_norm = global_grad_norm(model, compute)
+        compute.synchronize()
+        seconds = time.perf_counter() - t0
+        progress.timed(seconds, warm_up=compute.is_cuda and step - first < 2)
+        log.step(step, judge.loss, progress, multipliers, seconds, watch.tick(step + 1))
+
+        step += 1
+        leaving = stop.requested() and step < num_iterations
+        if leaving or (args.save_every and step % args.save_every == 0 and step < num_iterations):
+            state.save(step)
+        if leaving:
+            state.close()
+            compute.barrier()  # when one rank leaves, torchrun ends the others
+            print0(f"stopped after {step} steps; run the same command with --resume auto to go on")
+            return REQUEUE_EXIT_CODE
+
+    # -------------------------------------------------------------------------
+    # done
+
+    val_bpb = evaluator.bits_per_byte("val", progress)
+    log.validation(num_iterations, val_bpb)
+    test_bpb = evaluator.bits_per_byte("test", progress) if args.test_tokens else None
+    state.close()
+    loader.close()
+    with evaluator.weights_to_evaluate():
+        if compute.is_main:
+            about = {"model": vars(config), "tokenizer": tokenizer.fingerprint}
+            save_weights(folder / "model.safetensors", model.state_dict(), about)
+            print_sample(args, model, tokenizer)
+    cost = run_cost(args, progress, num_iterations, model, compute)
+    log.finish(
+        val_bpb=val_bpb,
+        test_bpb=test_bpb,
+        train_loss=progress.smooth_loss,
+        recoveries=guard.tries,
+        **cost,
+        flags=resumable_flags(args, MAY_CHANGE),
+    )
+    print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(cost['seconds'])} of training; see {folder}")
+    compute.barrier()  # gloo aborts in a rank that tears down after another has gone
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# model, length, optimizer
+
+
+def build_model(args: argparse.Namespace, vocab_size: int, compute: Compute) -> GPT:
+    """A model with fresh weights from torch's global generator, on the device."""
     config = GPTConfig.from_depth(
         args.depth,
         args.aspect_ratio,
         args.head_dim,
         sequence_len=args.max_seq_len,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size,
         window_pattern=args.window_pattern,
     )
     with torch.device("meta"):
-        plain_model = GPT(config)
-    plain_model.to_empty(device=compute.device)
-    plain_model.init_weights()
-    model = plain_model.prepare()
-    print0(plain_model.kernels)
-    n_params = plain_model.num_params()
+        model = GPT(config)
+    model.to_empty(device=compute.device)
+    model.init_weights()
     print0(
-        f"model: depth {config.n_layer}, width {config.n_embd} = {args.depth} x {args.aspect_ratio} rounded to heads of {args.head_dim}, "
-        f"vocabulary {config.vocab_size}, {n_params:,} parameters"
+        f"model: depth {config.n_layer}, width {config.n_embd} in {config.n_head} heads, "
+        f"vocabulary {config.vocab_size}, {model.num_params():,} parameters"
     )
+    return model
 
-    # -------------------------------------------------------------------------
-    # length and batch
 
-    tokens_per_micro_step = args.device_batch_size * args.max_seq_len * compute.world_size
-    check_batch(args, tokens_per_micro_step)
-    accumulation = args.total_batch_size // tokens_per_micro_step
-    num_iterations = args.num_iterations
-    if num_iterations == -1:
-        num_iterations = max(1, round(args.target_param_data_ratio * n_params / args.total_batch_size))
+def derive_length(args: argparse.Namespace, n_params: int, world_size: int) -> tuple[int, int]:
+    """(steps of the run, micro-batches of a step). Raises `UserError` for a batch that does not divide."""
+    micro = args.device_batch_size * args.max_seq_len * world_size  # tokens
+    if args.total_batch_size % micro:
+        nearest = max(1, round(args.total_batch_size / micro)) * micro
+        raise UserError(
+            f"--total-batch-size {args.total_batch_size} does not divide into micro-batches of {micro} tokens "
+            f"(--device-batch-size x --max-seq-len x ranks); the nearest that does is {nearest}"
+        )
+    steps = args.num_iterations
+    if steps == -1:
+        steps = max(1, round(args.target_param_data_ratio * n_params / args.total_batch_size))
+    accumulation = args.total_batch_size // micro
     print0(
-        f"length: {num_iterations} steps x {args.total_batch_size:,} tokens (= {accumulation} micro-batches x {tokens_per_micro_step:,}) "
-        f"= {num_iterations * args.total_batch_size / n_params:.2f} tokens per parameter"
+        f"length: {steps} steps x {args.total_batch_size:,} tokens (= {accumulation} micro-batches x {micro:,}) "
+        f"= {steps * args.total_batch_size / n_params:.2f} tokens per parameter"
     )
+    return steps, accumulation
 
-    # -------------------------------------------------------------------------
-    # optimizer
 
+def build_optimizer(args: argparse.Namespace, model: GPT, compute: Compute):
+    """(optimizer, base schedule): every group with its base values, `initial_lr` and `initial_wd`."""
     batch_scale = math.sqrt(args.total_batch_size / 2**19) if args.lr_batch_rule == "sqrt" else 1.0
-    weight_decay = args.weight_decay * (12 / args.depth) ** 2
-    optimizer = plain_model.setup_optimizer(
+    optimizer = model.setup_optimizer(
         unembedding_lr=args.unembedding_lr * batch_scale,
         embedding_lr=args.embedding_lr * batch_scale,
         matrix_lr=args.matrix_lr * batch_scale,
         scalar_lr=args.scalar_lr * batch_scale,
-        weight_decay=weight_decay,
+        weight_decay=args.weight_decay * (12 / args.depth) ** 2,
         adam_betas=(args.adam_beta1, args.adam_beta2),
         rank=compute.rank,
         world_size=compute.world_size,
@@ -237,289 +350,69 @@ def main() -> int:
         "final_wd_frac": 0.0,
     }
     if args.optimizer == "schedule-free":
-        schedule = {"warmup_ratio": 0.0, "warmdown_ratio": 0.0, "final_lr_frac": 1.0, "final_wd_frac": 1.0}
+        if args.sf_muon_schedule == "constant":
+            schedule = {"warmup_ratio": 0.0, "warmdown_ratio": 0.0, "final_lr_frac": 1.0, "final_wd_frac": 1.0}
         optimizer = ScheduleFreeMuon(
-            optimizer.param_groups, args.sf_lr, args.sf_wd, args.sf_warmup, compute.rank, compute.world_size
+            optimizer.param_groups,
+            args.sf_lr,
+            args.sf_wd,
+            args.sf_warmup,
+            compute.rank,
+            compute.world_size,
+            betas=(args.sf_beta1, args.sf_beta2),
         )
-        for group in optimizer.param_groups:  # the paper's Table 3: Muon at 0.02 / 0.2, nothing scheduled
+        for group in optimizer.param_groups:  # Muon as it is: no batch rule, no depth rule (the paper's Table 3)
             group["initial_lr"], group["initial_wd"] = args.matrix_lr, args.weight_decay
-    groups = optimizer.param_groups
-    for group in groups:
+    for group in optimizer.param_groups:
         print0(
-            f"  {group['name']:>16} {group['kind']:>6}: {len(group['params'])} tensors, lr {group['initial_lr']:.4g}, weight decay {group['initial_wd']:.4g}"
+            f"  {group['name']:>16} {group['kind']:>6}: {len(group['params'])} tensors, "
+            f"lr {group['initial_lr']:.4g}, weight decay {group['initial_wd']:.4g}"
         )
+    return optimizer, schedule
 
-    # -------------------------------------------------------------------------
-    # controller
 
-    if controller and args.decision_interval > num_iterations:
-        print0(
-            f"warning: a decision every {args.decision_interval} steps is more than the run's {num_iterations}: "
-            "the controller decides once, at the start"
-        )
-    multipliers = IDENTITY
+# -----------------------------------------------------------------------------
+# deciding
 
-    # -------------------------------------------------------------------------
-    # data
 
-    loader = DataLoader(
-        cache,
-        "train",
-        args.device_batch_size,
-        args.max_seq_len,
-        compute.device,
-        compute.rank,
-        compute.world_size,
-        rows_per_step=args.total_batch_size // args.max_seq_len,
-    )
-    eval_steps = max(1, args.eval_tokens // tokens_per_micro_step)
-    eval_loader = DataLoader(
-        cache, "val", args.device_batch_size, args.max_seq_len, compute.device, compute.rank, compute.world_size
-    )
-    token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=compute.device)
-    probes = []
-    if controller and "probe_loss" in controller.observes:
-        probes = fixed_batches(cache, "probe", args.device_batch_size, args.max_seq_len, 4, compute.device)
+def decide(controller: Controller, done: float, step: int, evaluator: Evaluator, progress: Progress) -> Decision:
+    """Show the controller what it declared that it observes, and nothing else."""
+    t0 = time.perf_counter()
+    observations = {
+        "progress": lambda: done,
+        "step": lambda: step,
+        "train_loss": lambda: progress.train_loss,
+        "grad_norm": lambda: progress.grad_norm,
+        "probe_loss": lambda: evaluator.probe_loss(progress),
+    }
+    # in one order on all ranks, for some are collective
+    observation = {name: float(observations[name]()) for name in sorted(controller.observes)}
+    decision = as_decision(controller.decide(observation))
+    progress.decisions += 1
+    progress.controller_seconds += time.perf_counter() - t0
+    return decision
 
-    # -------------------------------------------------------------------------
-    # evaluation
 
-    @contextlib.contextmanager
-    def evaluating():
-        """Weights as they are to be evaluated: schedule-free keeps another version of them for training."""
-        free = args.optimizer == "schedule-free"
-        if free:
-            optimizer.eval()
-        with torch.no_grad(), compute.autocast():
-            yield
-        if free:
-            optimizer.train()
+def run_cost(args: argparse.Namespace, progress: Progress, steps: int, model: GPT, compute: Compute) -> dict:
+    """What the run has cost. Seconds are those of training steps; operations include every pass forward."""
+    tokens = steps * args.total_batch_size
+    seconds = progress.seconds / max(1, progress.timed_steps) * steps
+    return {
+        "seconds": seconds,
+        "core_seconds": seconds * compute.world_size * (1 if compute.is_cuda else torch.get_num_threads()),
+        "flops": model.flops_per_token() * (tokens + progress.forward_tokens / 3),  # forward: a third of a step's
+        "steps": steps,
+        "tokens": tokens,
+        "decisions": progress.decisions,
+        "controller_seconds": progress.controller_seconds,
+    }
 
-    def validate() -> float:
-        with evaluating():
-            return bits_per_byte(
-                model, (eval_loader.get(i) for i in range(eval_steps)), token_bytes, compute.world_size
-            )
 
-    def observe() -> dict[str, float]:
-        """What the controller declared that it needs, and nothing else."""
-        good_loss = guard.recent[-1] if skip and guard.recent else train_loss  # not that of a batch that is left out
-        values = {
-            "progress": lambda: step / num_iterations,
-            "step": lambda: step,
-            "train_loss": lambda: good_loss,
-            "grad_norm": lambda: global_grad_norm(plain_model, compute),
-            "probe_loss": probe_loss,
-        }
-        return {
-            name: float(values[name]()) for name in sorted(controller.observes)
-        }  # two are collective: one order on all ranks
-
-    def loss_of(step: int) -> float:
-        """Training loss of the batch of `step` under the present weights."""
-        with torch.no_grad(), compute.autocast():
-            losses = [model(*loader.get(step, micro_step)) for micro_step in range(accumulation)]
-        return mean_over_ranks(sum(losses) / accumulation, compute)
-
-    def probe_loss() -> float:
-        with evaluating():  # the mean over ranks: GPUs may differ in the last bit, and ranks must not decide apart
-            return mean_over_ranks(sum(model(x, y).double() for x, y in probes) / len(probes), compute)
-
-    # -------------------------------------------------------------------------
-    # resume
-
-    def state() -> dict:
-        """All that a run is, but for what its flags say; collective over ranks."""
-        return {
-            "flags": resumable_flags(args, MAY_CHANGE),
-            "model": plain_model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "controller": controller.state_dict() if controller else {},
-            "multipliers": multipliers,
-            "smooth_loss": smooth_loss,
-            "train_loss": train_loss,
-            "seconds": seconds,
-            "decision_seconds": decision_seconds,
-            "guard": guard.state_dict(),
-            "rng": rng_state(compute.device),
-        }
-
-    def restore(saved: dict) -> None:
-        nonlocal multipliers, smooth_loss, train_loss, seconds, decision_seconds
-        with untrusted(f"checkpoint in {folder}"):
-            check_same_flags(saved["flags"], args, MAY_CHANGE, folder)
-            check_tensors(plain_model.state_dict(), saved["model"], f"checkpoint in {folder}")
-            plain_model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            if controller:
-                controller.load_state_dict(saved["controller"])
-            multipliers = {
-                name: {k: float(v) for k, v in factors.items()} for name, factors in saved["multipliers"].items()
-            }
-            validate_multipliers(multipliers, [group["name"] for group in groups])
-            smooth_loss, train_loss, seconds = (float(saved[k]) for k in ("smooth_loss", "train_loss", "seconds"))
-            decision_seconds = [float(s) for s in saved["decision_seconds"]]
-            if not math.isfinite(seconds):
-                raise ValueError(f"its seconds are {seconds}")
-            set_rng_state(saved["rng"], compute.device)
-
-    def save(step: int) -> None:
-        everything = state()
-        if writer and all(t.isfinite().all() for t in everything["model"].values()):  # broken weights are no way back
-            writer.save(step, everything)
-
-    step, smooth_loss, train_loss, seconds, decision_seconds = 0, math.nan, math.nan, 0.0, []
-    keep = 2 + REACH // max(1, args.save_every)  # one of them older than any damage that has not shown yet
-    writer = CheckpointWriter(folder / "checkpoints", keep) if compute.is_main else None
-    guard = DivergenceGuard(args.max_recoveries)
-    resumed = load_checkpoint_together(folder / "checkpoints", compute) if args.resume == "auto" else None
-    if resumed:
-        step, saved = resumed
-        restore(saved)
-        with untrusted(f"checkpoint in {folder}"):
-            guard.load_state_dict(saved["guard"])
-        print0(f"resumed at step {step} from {folder / 'checkpoints'}")
-    elif args.save_every:
-        save(0)  # so that there is always something to go back to
-
-    log = RunLog(
-        folder,
-        {
-            "flags": vars(args),
-            "model": vars(config),
-            "parameters": n_params,
-            "data": corpus_record(data),
-            "tokenizer": tokenizer.fingerprint,
-            "num_iterations": num_iterations,
-        },
-        compute,
-        resume_step=step if resumed else None,
-        recoveries=guard.tries,
-        wandb_name=args.run,
-    )
-
-    # -------------------------------------------------------------------------
-    # loop
-
-    flops_per_step = plain_model.flops_per_token() * args.total_batch_size
-    watch = Stopwatch(num_iterations, done=step)
-    while step < num_iterations:
-        if args.eval_every and step % args.eval_every == 0:
-            val_bpb = validate()
-            print0(f"step {step:05d}/{num_iterations:05d} | val_bpb {val_bpb:.4f}")
-            log.log(step=step, val_bpb=val_bpb)
-        compute.synchronize()
-        t0 = time.perf_counter()
-
-        for micro_step in range(accumulation):
-            inputs, targets = loader.get(step, micro_step)
-            with compute.autocast():
-                loss = model(inputs, targets)
-            (loss / accumulation).backward()
-            micro_loss = loss.detach() if micro_step == 0 else micro_loss + loss.detach()
-
-        # NaN if a gradient is not finite, else 0: a broken gradient counts as a broken loss
-        broken = 0.0 * torch.nn.utils.get_total_norm([p.grad for p in plain_model.parameters()])
-        train_loss = mean_over_ranks(micro_loss / accumulation + broken, compute)
-        skip = step in guard.skipped
-        if not skip and guard.is_spike(train_loss):
-            guard.count(step, train_loss)
-            if guard.is_spike(loss_of(guard.witness(step))):  # the weights are damaged
-                plain_model.zero_grad(set_to_none=True)
-                back, saved = older_checkpoint(folder, guard.reach(step), writer, compute)
-                line = guard.cut(step, train_loss, guard.limit(multipliers), saved["multipliers"] if back else {})
-                step = back
-                restore(saved)
-                guard.rewind(saved["guard"])
-                watch = Stopwatch(num_iterations, done=step)
-                log.rewind(step)
-                log.log(step=step, event=line, recovery=guard.tries)
-                print0(f"{line}; back to step {step}")
-                continue
-            line, skip = guard.skip(step, train_loss), True
-            log.log(step=step, event=line, recovery=guard.tries)
-            print0(line)
-
-        t_hook = time.perf_counter()
-        # ---- the hook: base schedule, controller, param groups ----
-        base = base_hparams(groups, step, num_iterations, **schedule)
-        if controller and step % args.decision_interval == 0:
-            multipliers = controller.decide(observe())
-            decision_seconds.append(time.perf_counter() - t_hook)
-        apply_multipliers(groups, base, guard.limit(multipliers))
-        # ---- end of the hook ----
-
-        set_momentum(groups, step)
-        if not skip:
-            optimizer.step()
-            guard.accept(step, train_loss)
-            smooth_loss = train_loss if math.isnan(smooth_loss) else 0.9 * smooth_loss + 0.1 * train_loss
-        plain_model.zero_grad(set_to_none=True)
-        compute.synchronize()
-        seconds_step = time.perf_counter() - t0
-        seconds += seconds_step
-        shown = guard.limit(multipliers).get("*", {})
-        tokens_per_second = args.total_batch_size / seconds_step
-        print0(
-            f"step {step:05d}/{num_iterations:05d} | loss {smooth_loss:.4f} | lr x{shown.get('lr', 1.0):.3g} wd x{shown.get('weight_decay', 1.0):.3g} | "
-            f"dt {seconds_step * 1e3:.1f}ms | tok/s {tokens_per_second:,.0f} | tflops {flops_per_step / seconds_step / 1e12:.3g} | "
-            f"left {format_seconds(watch.tick(step + 1))}"
-        )
-        log.log(
-            step=step,
-            loss=train_loss,
-            smooth_loss=smooth_loss,
-            multipliers=guard.limit(multipliers),
-            dt=seconds_step,
-            tokens_per_second=tokens_per_second,
-        )
-
-        step += 1
-        leaving = stop.requested() and step < num_iterations
-        if leaving or (args.save_every and step % args.save_every == 0 and step < num_iterations):
-            save(step)
-        if leaving:
-            if writer:
-                writer.close()
-            compute.barrier()  # when one rank leaves, torchrun ends the others
-            print0(f"stopped after {step} steps; run the same command with --resume auto to go on")
-            return REQUEUE_EXIT_CODE
-
-    # -------------------------------------------------------------------------
-    # done
-
-    val_bpb = validate()
-    print0(f"step {num_iterations:05d}/{num_iterations:05d} | val_bpb {val_bpb:.4f}")
-    log.log(step=num_iterations, val_bpb=val_bpb)
-    if writer:
-        writer.close()
-    loader.close()
-    eval_loader.close()
-    with evaluating():
-        if compute.is_main:
-            save_weights(
-                folder / "model.safetensors",
-                plain_model.state_dict(),
-                {"model": vars(config), "tokenizer": tokenizer.fingerprint},
-            )
-            if args.sample_tokens:
-                tokens = generate(
-                    plain_model, [tokenizer.bos], args.sample_tokens, seed=derive_seed(args.seed, "sample") % 2**31
-                )
-                print0(f"sample: {tokenizer.decode(tokens)!r}")
-    log.finish(
-        val_bpb=val_bpb,
-        train_loss=smooth_loss,
-        seconds=seconds,
-        steps=num_iterations,
-        decisions=len(decision_seconds),
-        controller_seconds=sum(decision_seconds),
-        tokens=num_iterations * args.total_batch_size,
-        flags=resumable_flags(args, MAY_CHANGE),
-    )
-    print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(seconds)} of training; see {folder}")
-    compute.barrier()  # gloo aborts in a rank that tears down after another has gone
-    return 0
+def print_sample(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> None:
+    if args.sample_tokens:
+        seed = derive_seed(args.seed, "sample") % 2**31
+        tokens = generate(model, [tokenizer.bos], args.sample_tokens, seed=seed)
+        print0(f"sample: {tokenizer.decode(tokens)!r}")
 
 
 # -----------------------------------------------------------------------------
@@ -544,57 +437,22 @@ def check_flags(args: argparse.Namespace) -> None:
                 "sf_lr",
                 "sf_wd",
                 "sf_warmup",
-                "eval_every",
                 "eval_tokens",
+                "test_tokens",
                 "sample_tokens",
                 "save_every",
                 "max_recoveries",
             ],
             (0, 1): ["warmup_ratio", "warmdown_ratio"],
-            (0, 0.9999): ["adam_beta1", "adam_beta2"],
+            (0, 0.9999): ["adam_beta1", "adam_beta2", "sf_beta2"],
+            (0.01, 0.9999): ["sf_beta1"],  # eval() divides by it
             (1e-6, LARGEST): ["target_param_data_ratio"],
         },
     )
+    if args.eval_every < -1:
+        raise UserError(f"--eval-every is {args.eval_every}; give a number of steps, or -1 for none")
     if args.num_iterations < 1 and args.num_iterations != -1:
         raise UserError(f"--num-iterations is {args.num_iterations}; give a number of steps, or -1 to derive it")
-
-
-def check_batch(args: argparse.Namespace, tokens_per_micro_step: int) -> None:
-    if args.total_batch_size % tokens_per_micro_step:
-        nearest = max(1, round(args.total_batch_size / tokens_per_micro_step)) * tokens_per_micro_step
-        raise UserError(
-            f"--total-batch-size {args.total_batch_size} does not divide into micro-batches of {tokens_per_micro_step} tokens "
-            f"(--device-batch-size x --max-seq-len x ranks); the nearest that does is {nearest}"
-        )
-
-
-def older_checkpoint(folder: Path, before: int, writer: CheckpointWriter | None, compute: Compute) -> tuple[int, dict]:
-    """The newest checkpoint of a step up to `before`, or the oldest if all are later."""
-    if writer:
-        writer.wait()
-    found = load_checkpoint_together(folder / "checkpoints", compute, before)
-    if found is None:
-        raise UserError(
-            "the run diverged and has no checkpoint to go back to; give --save-every, or lower the learning rates"
-        )
-    return found
-
-
-def global_grad_norm(model: GPT, compute: Compute) -> float:
-    """L2 norm of the gradient averaged over ranks. The average stays in place: the optimizer's own then changes nothing."""
-    gradients = [p.grad for p in model.parameters()]
-    if compute.world_size > 1:
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-            gradient.div_(compute.world_size)
-    return torch.nn.utils.get_total_norm([g.float() if g.element_size() < 4 else g for g in gradients]).item()
-
-
-def mean_over_ranks(loss: torch.Tensor, compute: Compute) -> float:
-    if compute.world_size > 1:
-        torch.distributed.all_reduce(loss)
-        loss = loss / compute.world_size
-    return loss.item()
 
 
 if __name__ == "__main__":

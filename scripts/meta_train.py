@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node 8 -m scripts.meta_train       the same policy from 8 GPUs, 1 episode each
     python -m scripts.meta_train --preset tiny --updates 10 --advantages standard     an ablation (paper 4.4)
 
-Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, policy.safetensors, policy.json, result.json.
+Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, policy.safetensors, policy.json,
+result.json.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from functools import partial
 import torch
 
 from jel.errors import JelError
-from jel.learn.grpo import PolicyUpdate, group_advantages, standard_grpo_advantages
-from jel.learn.meta import MetaConfig, MetaTrainer
-from jel.learn.rollout import Interrupted
+from jel.learn.env import decision_steps
+from jel.learn.rollout import Interrupted, RewardConfig
 from jel.learn.workers import ParallelTask
-from jel.policy import GaussianPolicy, save_policy
-from jel.tasks.pretrain import PretrainTask, episode_bytes, free_bytes
+from jel.policy import save_policy
+from jel.recipes.jel import ADVANTAGES, JelRecipe
+from jel.tasks.pretrain import PretrainTask, episode_bytes, episode_flops, free_bytes, group_names, uniform_base
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
 from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
 from nanochat.dataset import corpus_record, resolve_data
@@ -42,9 +43,6 @@ from scripts.runs import (
     resumable_flags,
     run_folder,
 )
-
-ADVANTAGES = {"group": group_advantages, "standard": standard_grpo_advantages}
-
 
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
@@ -178,8 +176,8 @@ def main() -> int:
     )
     if args.decision_interval > args.num_iterations:
         print0(
-            f"warning: a decision every {args.decision_interval} steps is more than the episode's {args.num_iterations}: "
-            "one decision an episode"
+            f"warning: a decision every {args.decision_interval} steps is more than the episode's "
+            f"{args.num_iterations}: one decision an episode"
         )
 
     # -------------------------------------------------------------------------
@@ -189,7 +187,7 @@ def main() -> int:
     seed_everything(derive_seed(args.seed, "meta"))
     stop = StopRequest(compute)
     folder = run_folder(args.model_tag)
-    lock = hold(folder, compute, wait=args.resume == "auto")  # until this process ends
+    _lock = hold(folder, compute, wait=args.resume == "auto")  # open until this process ends
     if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
@@ -219,8 +217,8 @@ def main() -> int:
     chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
     workers = min(chunk, workers_for(args.episode_workers, compute))
     print0(
-        f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in {workers} process{'es' * (workers > 1)} "
-        f"(about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
+        f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in "
+        f"{workers} process{'es' * (workers > 1)} (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
     )
     make_task = partial(
         PretrainTask,
@@ -230,39 +228,43 @@ def main() -> int:
         num_steps=args.num_iterations,
         batch_size=args.episode_batch_size,
         probe_batches=args.probe_batches,
-        base_lr=args.base_lr,
-        base_wd=args.base_wd,
+        make_optimizer=partial(uniform_base, lr=args.base_lr, weight_decay=args.base_wd),
         schedule=schedule,
         seed=args.seed,
         shared=args.episode_starts == "shared",
     )
-    task = make_task() if workers == 1 else ParallelTask(make_task, workers, args.num_iterations)
+    if workers == 1:
+        task = make_task()
+    else:
+        task = ParallelTask(make_task, workers, group_names(config), partial(same_length, args.num_iterations))
 
     # -------------------------------------------------------------------------
     # the policy and its training
 
-    policy = GaussianPolicy(
+    recipe = JelRecipe(
+        action_range=args.action_range,
         hidden=args.policy_hidden,
         initial_log_std=args.initial_log_std,
-        action_range=args.action_range,
-        seed=derive_seed(args.seed, "policy"),
-    )
-    updater = PolicyUpdate(
-        policy,
-        lr=args.policy_lr,
+        policy_lr=args.policy_lr,
         gamma=args.gamma,
         clip=args.clip,
         epochs=args.ppo_epochs,
         minibatch_size=args.minibatch_size,
         entropy_coef=args.entropy_coef,
-        seed=derive_seed(args.seed, "minibatches"),
-        advantages=ADVANTAGES[args.advantages],
+        advantages=args.advantages,
+        episodes=args.episodes,
+        decision_interval=args.decision_interval,
+        reward=RewardConfig(args.gradient_penalty, args.smoothness_penalty, args.nan_penalty),
     )
-    meta = MetaConfig(
-        args.episodes, chunk, args.decision_interval, args.gradient_penalty, args.smoothness_penalty, args.nan_penalty
-    )
-    trainer = MetaTrainer(
-        task, policy, updater, meta, derive_seed(args.seed, "actions"), compute.rank, compute.world_size, stop.requested
+    trainer = recipe.trainer(
+        task,
+        policy_seed=derive_seed(args.seed, "policy"),
+        shuffle_seed=derive_seed(args.seed, "minibatches"),
+        action_seed=derive_seed(args.seed, "actions"),
+        chunk=chunk,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        stop_requested=stop.requested,
     )
 
     # -------------------------------------------------------------------------
@@ -314,11 +316,11 @@ def main() -> int:
         seconds += time.perf_counter() - t0
         records.append({key: record[key] for key in ("entropy", "return_mean")})
         log.log(**record)
-        lr, wd = record["lr"], record["weight_decay"]
-        spots = (0, len(lr) // 2, -1)
+        lr, wd = (record["multipliers"]["*"][key] for key in ("lr", "weight_decay"))
+        shown = lambda values: "/".join(f"{values[i]:.3g}" for i in (0, len(values) // 2, -1))
         print0(
-            f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} best {record['return_best']:.4f} | "
-            f"entropy {record['entropy']:.3f} | lr x{'/'.join(f'{lr[i]:.3g}' for i in spots)} wd x{'/'.join(f'{wd[i]:.3g}' for i in spots)} | "
+            f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} "
+            f"best {record['return_best']:.4f} | entropy {record['entropy']:.3f} | lr x{shown(lr)} wd x{shown(wd)} | "
             f"episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(watch.tick(trainer.updates))}"
         )
         if record["episodes_alive"] < args.episodes:
@@ -340,9 +342,10 @@ def main() -> int:
     if writer:
         writer.close()
         episodes = args.updates * args.episodes
-        tokens = episodes * args.num_iterations * args.episode_batch_size * args.episode_seq_len
+        probes = args.probe_batches * (1 + len(decision_steps(args.num_iterations, args.decision_interval)))
+        tokens = args.episode_batch_size * args.episode_seq_len
         save_policy(
-            policy,
+            trainer.policy,
             folder / "policy",
             {
                 "flags": resumable_flags(args, MAY_CHANGE),
@@ -354,8 +357,11 @@ def main() -> int:
         log.finish(
             updates=args.updates,
             episodes=episodes,
-            tokens=tokens,
+            tokens=episodes * args.num_iterations * tokens,
+            probe_tokens=episodes * probes * tokens,
+            flops=episodes * episode_flops(config, args.num_iterations * tokens, probes * tokens),
             seconds=seconds,
+            core_seconds=seconds * compute.world_size * cores(workers, compute),
             entropy=[r["entropy"] for r in records],
             return_mean=[r["return_mean"] for r in records],
             policy=str(folder / "policy.safetensors"),
@@ -372,9 +378,19 @@ def workers_for(given: int, compute: Compute) -> int:
         raise UserError(f"--episode-workers is {given}; give 1 or more, or -1 to choose it here")
     if given > 1 and compute.is_cuda:
         raise UserError(
-            f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, over several GPUs use torchrun"
+            f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, and torchrun uses several"
         )
     return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
+
+
+def same_length(num_steps: int, group: int) -> int:
+    """Every group's episodes have this length: `ParallelTask` asks a function."""
+    return num_steps
+
+
+def cores(workers: int, compute: Compute) -> int:
+    """The cores that a rank's episodes keep busy, or its one GPU."""
+    return 1 if compute.is_cuda else workers if workers > 1 else torch.get_num_threads()
 
 
 def least_over_ranks(value: int, compute: Compute) -> int:

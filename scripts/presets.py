@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, run_main
 
 _TINY = {"depth": 2, "aspect_ratio": 32, "head_dim": 32, "tokenizer": "tiny", "data": "embedded"}
 _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", "data": "embedded"}
@@ -17,6 +17,7 @@ _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", 
 PRESETS: dict[str, dict[str, dict]] = {
     "paper": {},
     "tiny": {
+        "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
         "base_train": {
             **_TINY,
@@ -27,6 +28,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "lr_batch_rule": "none",
             "eval_every": 25,
             "eval_tokens": 65536,
+            "test_tokens": 65536,
             "save_every": 50,
         },
         "meta_train": {
@@ -51,6 +53,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "lr_batch_rule": "none",
             "eval_every": 6,
             "eval_tokens": 1024,
+            "test_tokens": 1024,
             "save_every": 6,
             "decision_interval": 4,
             "sample_tokens": 8,
@@ -99,7 +102,15 @@ def parse_with_preset(
     return args
 
 
-if __name__ == "__main__":  # for speedrun.sh: prints the preset's name and the number of GPUs
+def main() -> None:
+    """For speedrun.sh: prints the preset's name, the number of GPUs, and the preset's seeds."""
+    from scripts.sweep.__main__ import flags  # here, because it imports this module
+
     if sys.argv[1] not in ("auto", *PRESETS):
-        sys.exit(f"error: there is no preset {sys.argv[1]!r}; choose one of auto, {', '.join(PRESETS)}")
-    print(resolve_preset(sys.argv[1]), torch.cuda.device_count())
+        raise UserError(f"there is no preset {sys.argv[1]!r}; choose one of auto, {', '.join(PRESETS)}")
+    args = parse_with_preset(flags(), "sweep", ["--preset", sys.argv[1], "--what", "methods"])
+    print(args.preset, torch.cuda.device_count(), *args.seeds)
+
+
+if __name__ == "__main__":
+    run_main(main)

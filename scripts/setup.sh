@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Creates .venv beside the checkout's files and installs the project into it. Safe to run again: it does nothing when
-# the installed set already matches pyproject.toml. Source it (`source scripts/setup.sh`) to also activate the venv.
+# Creates .venv in the checkout and installs the project into it. Safe to run again: nothing is installed while
+# pyproject.toml is older than the last installation. Source it (`source scripts/setup.sh`) to also activate .venv.
 #   PYTHON=python3.12 bash scripts/setup.sh     choose the interpreter (3.10 or newer)
+# Works with bash 3.2 (macOS).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
@@ -15,9 +16,9 @@ command -v "$python" >/dev/null || { echo "error: $python not found; install Pyt
 [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
 stamp="$root/.venv/.installed"
 if [ ! -f "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
-    echo "setup: installing into $root/.venv (once; torch first, then the rest)"
+    echo "setup: installing into $root/.venv (torch first, then the rest)"
     pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${pip[@]}" torch==2.13.0      # one known version for everyone; pyproject.toml accepts torch>=2.9
+    "${pip[@]}" torch==2.13.0      # the version that all reported numbers come from; pyproject.toml accepts torch>=2.9
     "${pip[@]}" -e "$root[dev]"
     touch "$stamp"
 fi

@@ -1,4 +1,4 @@
-"""The hand-written forms against the plain ones, in value and gradient; PyTorch's fused AdamW against ours; the allocator.
+"""The hand-written forms against the plain ones; PyTorch's fused AdamW against ours; the allocator.
 
 T time, H heads, D head dim, C channels, R runs.
 """
@@ -185,7 +185,7 @@ print(min(faults() for _ in range(20)))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 def test_freed_memory_is_kept():
-    """40 MB again and again: by default 10,240 page faults each time (in huge pages 20), none once freed memory is kept."""
+    """40 MB repeatedly: by default 10,240 page faults each time (in huge pages 20), none once freed memory is kept."""
     kept, default = (
         int(
             subprocess.run(

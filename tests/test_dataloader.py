@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from nanochat import dataloader, token_cache
 from nanochat.common import UserError
-from nanochat.dataloader import DataLoader, Rows, fixed_batches, plan_rows
-from nanochat.token_cache import PROBE_EVERY, TokenCache
+from nanochat.dataloader import DataLoader, Rows, fixed_batches, permutation, plan_rows
+from nanochat.token_cache import PROBE_EVERY, SPLITS, TokenCache
 from nanochat.tokenizer import Tokenizer
 
 T = 24
@@ -30,7 +30,7 @@ def make_texts(n, seed):
     return [f"{seed}:{i} " + "".join(rng.choices("abcd ", k=rng.randint(0, 90))) for i in range(n)]
 
 
-TEXTS = [make_texts(200, 0), make_texts(70, 1), make_texts(90, 2)]  # two training shards and the validation shard
+TEXTS = [make_texts(200, 0), make_texts(70, 1), make_texts(91, 2)]  # two training shards and the held-out one
 
 
 def write_shards(folder, shards):
@@ -86,12 +86,23 @@ def pack_slow(documents, capacity, buffer_size):
 
 def test_cache_holds_every_document_after_bos(cache, tokenizer):
     stored = [[[tokenizer.bos, *tokenizer.encode(text)] for text in shard] for shard in TEXTS]
-    assert list(documents(cache, "val")) == [stored[2]]
+    assert list(documents(cache, "val")) == [stored[2][0::2]]
+    assert list(documents(cache, "test")) == [stored[2][1::2]]
     assert list(documents(cache, "probe")) == [shard[::PROBE_EVERY] for shard in stored[:2]]
     assert list(documents(cache, "train")) == [[d for i, d in enumerate(shard) if i % 64] for shard in stored[:2]]
     assert cache.tokens(0).dtype == np.uint16 and not cache.tokens(0).flags.writeable
-    with pytest.raises(UserError, match="train, probe, val"):
-        cache.shards("test")
+    with pytest.raises(UserError, match="train, probe, val, test"):
+        cache.shards("dev")
+
+
+def test_every_document_is_in_exactly_one_split(cache):
+    starts = [
+        (shard, int(start))
+        for split in SPLITS
+        for shard in cache.shards(split)
+        for start in cache.documents(split, shard)[0]
+    ]
+    assert len(starts) == len(set(starts)) == sum(map(len, TEXTS))
 
 
 def test_complete_cache_is_reused_and_other_text_or_tokenizer_is_another(cache, data, tokenizer, monkeypatch):
@@ -153,10 +164,16 @@ def test_large_vocabulary_takes_four_bytes_a_token(data):
     assert next(documents(TokenCache.build(data, big), "val"))[0] == [69_991, 65_999]
 
 
-def test_empty_split_is_refused(data, tmp_path, tokenizer):
-    folder = write_shards(tmp_path / "small", [["only a probe document"], ["validation"]])
-    with pytest.raises(UserError, match="no document for the train split"):
-        TokenCache.build(folder, tokenizer)
+@pytest.mark.parametrize(
+    "shards, missing",
+    [
+        ([["only a probe document"], ["val", "test"]], "no document for the train split.* another shard 2"),
+        ([["probe", "train"], ["val", None]], "no document for the test split.* the last shard needs 2"),
+    ],
+)
+def test_empty_split_is_refused(data, tmp_path, tokenizer, shards, missing):
+    with pytest.raises(UserError, match=missing):
+        TokenCache.build(write_shards(tmp_path / "small", shards), tokenizer)
 
 
 def test_several_ranks_build_once(data, tmp_path, tokenizer):
@@ -171,7 +188,7 @@ def test_several_ranks_build_once(data, tmp_path, tokenizer):
         if compute.rank == 1:
             TokenCache._fill = None    # only rank 0 may
         cache = TokenCache.build(path / "data", Tokenizer.load(path / "tokenizer"), compute)
-        assert len(cache.documents("val", 2)[0]) == {len(TEXTS[2])}
+        assert len(cache.documents("val", 2)[0]) == {len(TEXTS[2]) // 2 + 1}
         dist.destroy_process_group()"""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -202,7 +219,7 @@ def test_packer_equals_its_slow_twin(lengths, capacity, buffer_size):
     assert rows == pack_slow(documents, capacity, buffer_size) and len(pieces) == plan.row_ptr[-1]
 
 
-@pytest.mark.parametrize("split", ["train", "probe", "val"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_rows_are_those_of_the_slow_twin_from_any_start(cache, split, tokenizer):
     expected = sum([pack_slow(shard, T + 1, 10) for shard in documents(cache, split)], [])
     rows = Rows(cache, split, T)
@@ -248,6 +265,64 @@ def test_split_without_a_single_row_is_refused(cache):
 
 
 # -----------------------------------------------------------------------------
+# the order of a seed
+
+
+def epoch(cache, seed, split="train"):
+    rows = Rows(cache, split, T, seed)
+    return rows.fetch(0, rows.n_rows).tolist()
+
+
+def test_a_seed_is_an_order_of_the_same_rows(cache):
+    in_file_order, first, again, other = (epoch(cache, seed) for seed in (None, 1, 1, 2))
+    assert first == again
+    assert first != other and first != in_file_order
+    assert sorted(first) == sorted(other) == sorted(in_file_order)  # each row exactly once an epoch
+
+
+def test_seeds_differ_in_shards_and_in_rows_of_a_shard(data, cache, tokenizer):
+    """With 3 training shards: all shards come first for some seed, and one shard's rows in two orders."""
+    write_shards(data.parent / "more", [*TEXTS, make_texts(30, 3)])
+    cache = TokenCache.build(data.parent / "more", tokenizer)
+    order, rows_of_shard_0 = set(), set()
+    for seed in range(12):
+        rows = Rows(cache, "train", T, seed)
+        total = rows.n_rows
+        order.add(tuple(planned.shard for planned in rows._planned))
+        rows_of_shard_0.add(next(tuple(p.order) for p in rows._planned if p.shard == 0))
+        assert total == Rows(cache, "train", T).n_rows
+    assert {shards[0] for shards in order} == {0, 1, 2} and len(rows_of_shard_0) == 12
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_fetch_from_any_position_is_a_part_of_the_epoch_and_wraps_around(cache, seed):
+    expected = epoch(cache, seed)
+    for first, count in ((0, 1), (7, 30), (len(expected) - 3, 7), (len(expected), 2), (5 * len(expected) + 2, 3)):
+        found = Rows(cache, "train", T, seed).fetch(first, count).tolist()
+        assert found == [expected[(first + i) % len(expected)] for i in range(count)]
+
+
+def test_shards_are_planned_when_they_are_needed(cache):
+    rows = Rows(cache, "train", T, seed=4)
+    rows.fetch(0, 2)
+    assert len(rows._planned) == 1
+    rows.fetch(rows._ends[-1], 1)
+    assert len(rows._planned) == 2
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 257])
+def test_permutation(n):
+    one = permutation(n, 5)
+    assert sorted(one) == list(range(n)) and (one == permutation(n, 5)).all()
+    assert n < 3 or (one != permutation(n, 6)).any()
+
+
+def test_permutation_stays_as_it_is():
+    """A run that is resumed after an update of numpy must see the same order."""
+    assert permutation(8, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+
+
+# -----------------------------------------------------------------------------
 # the loader
 
 
@@ -262,10 +337,11 @@ def step_rows(loaders, step):
 
 
 @pytest.mark.parametrize("batch_size, world_size", [(12, 1), (4, 1), (6, 2), (2, 3), (1, 4)])
-def test_a_steps_rows_do_not_depend_on_ranks_or_batch_size(cache, batch_size, world_size):
-    rows = Rows(cache, "train", T)
+@pytest.mark.parametrize("seed", [None, 8])
+def test_a_steps_rows_do_not_depend_on_ranks_or_batch_size(cache, batch_size, world_size, seed):
+    rows = Rows(cache, "train", T, seed)
     loaders = [
-        loader(cache, batch_size, rank=r, world_size=world_size, start_row=5, rows_per_step=12)
+        loader(cache, batch_size, rank=r, world_size=world_size, start_row=5, rows_per_step=12, seed=seed)
         for r in range(world_size)
     ]
     for step in (0, 1, 2, 10, 3):  # in order, then a jump ahead and one back, as a resumed run would
@@ -309,5 +385,5 @@ def test_thread_prefetches_ends_on_close_and_passes_on_its_errors(cache, monkeyp
 
 def test_batches_that_do_not_tile_a_step_are_refused(cache):
     for rows_per_step in (0, 10):
-        with pytest.raises(UserError, match="no multiple of 4 rows a batch x 2 ranks"):
+        with pytest.raises(UserError, match="not a multiple of 4 rows a batch x 2 ranks"):
             loader(cache, rank=0, world_size=2, rows_per_step=rows_per_step)

@@ -68,7 +68,7 @@ def test_embedded_is_a_corpus(embedded):
     train, val = split_shards(embedded)
     assert 6 <= len(train) <= 11
     chars, held_out = sum(map(len, documents(train))), sum(map(len, documents([val])))
-    assert chars > 4e6 and 1 / 17 < held_out / (chars + held_out) < 1 / 10
+    assert chars > 4e6 and 1 / 9 < held_out / (chars + held_out) < 1 / 7
     lengths = sorted(map(len, documents(train)))
     assert 400 <= lengths[len(lengths) // 10] and lengths[-1] < 1700
     record = corpus_record(embedded)
@@ -156,7 +156,7 @@ def test_resolve_builds_the_embedded_corpus_once(embedded, base, capsys, monkeyp
 def test_resolve_uses_shards_in_place(tmp_path, base, capsys):
     folder = tmp_path / "mine"
     for name in "cab":
-        shard(folder / f"{name}.parquet", [name])
+        shard(folder / f"{name}.parquet", [name, name])
     shutil.copy(folder / "c.parquet", folder / ".z.parquet")
     (folder / "d.parquet.partial").write_bytes(b"half")
     assert resolve_data(str(folder)) == folder
@@ -203,7 +203,11 @@ BAD_SHARDS = {  # what to do to a folder with the shards a and b, and what is sa
     "cut": (lambda a, b: b.write_bytes(b.read_bytes()[:-20]), "b.parquet cannot be read"),
     "empty file": (lambda a, b: b.write_bytes(b""), "b.parquet cannot be read"),
     "html": (lambda a, b: b.write_text("<html>not found</html>" * 100), "b.parquet cannot be read"),
-    "nothing to validate": (lambda a, b: shard(b, NO_TEXTS), "no documents for validation"),
+    "nothing to validate": (lambda a, b: shard(b, NO_TEXTS), "b.parquet, the last shard, needs 2 documents"),
+    "nothing to test": (
+        lambda a, b: shard(b, ["one"]),
+        "b.parquet, the last shard, needs 2 .* validation and for test",
+    ),
     "nothing to train": (lambda a, b: shard(a, NO_TEXTS), "no documents for training"),
 }
 
@@ -245,7 +249,7 @@ def test_texts_become_shards_once(texts_folder, base, capsys):
     assert folder.parent == base / "data" and folder.name.startswith("texts-")
     train, val = split_shards(folder)
     assert sorted(documents([*train, val])) == sorted([f"line {i}" for i in range(40)] + ["deep ünïcode\n"])
-    assert len(documents([val])) == 3
+    assert len(documents([val])) == 6  # two of every 16: one for validation, one for test
     assert corpus_record(folder)["documents"] == 41 and corpus_record(folder)["files"] == 2
     assert resolve_data(str(texts_folder)) == folder and capsys.readouterr().out.count("making shards") == 1
     jsonl(texts_folder / "a.jsonl", ["changed", "texts"])
@@ -259,7 +263,7 @@ def test_many_shards_one_full_validation_shard(texts_folder, monkeypatch):
     jsonl(texts_folder / "a.jsonl", texts)
     train, val = split_shards(resolve_data(str(texts_folder)))
     assert sorted(documents([*train, val])) == texts and len(train) == 49
-    assert len(documents([val])) == 10  # of the 32 that a sixteenth would be
+    assert len(documents([val])) == 10  # of the 64 that two in 16 would be
     assert documents(train[:1]) != sorted(documents(train[:1]))
 
 
@@ -267,7 +271,20 @@ def test_validation_is_a_sample_of_the_files(texts_folder):
     for i in range(40):
         (texts_folder / f"{i:02d}.txt").write_text(f"{i:02d}")
     _, val = split_shards(resolve_data(str(texts_folder)))
-    assert len(documents([val])) == 3 and set(documents([val])) != {"01", "17", "33"}
+    assert len(documents([val])) == 6 and set(documents([val])) != {"01", "02", "17", "18", "33", "34"}
+
+
+def test_three_texts_are_enough_to_train_validate_and_test(texts_folder):
+    jsonl(texts_folder / "a.jsonl", ["one", "two", "three"])
+    train, val = split_shards(resolve_data(str(texts_folder)))
+    assert documents(train) == ["one"] and sorted(documents([val])) == ["three", "two"]
+
+
+def test_a_held_out_shard_that_one_text_fills_has_a_second(texts_folder, monkeypatch):
+    monkeypatch.setattr(dataset, "TEXT_SHARD_CHARS", 10)
+    jsonl(texts_folder / "a.jsonl", [f"{i} and many more characters" for i in range(30)])
+    _, val = split_shards(resolve_data(str(texts_folder)))
+    assert len(documents([val])) == 2
 
 
 def test_a_faster_process_wins(tmp_path):
@@ -277,6 +294,7 @@ def test_a_faster_process_wins(tmp_path):
         yield "mine", False
         shard(folder / "theirs.parquet")
         yield "mine too", True
+        yield "and mine", True
 
     dataset.write_shards(folder, texts(), 100, source="test")
     assert [p.name for p in (tmp_path / "data").rglob("*")] == ["new", "theirs.parquet"]
@@ -312,6 +330,10 @@ def test_other_bad_texts(texts_folder, tmp_path):
     (texts_folder / "a.txt").write_text("alone")
     with pytest.raises(UserError, match="1 documents, too few"):
         resolve_data(str(texts_folder))
+    (texts_folder / "b.txt").write_text("in company")
+    with pytest.raises(UserError, match="2 documents, too few"):
+        resolve_data(str(texts_folder))
+    (texts_folder / "b.txt").unlink()
     (texts_folder / "a.txt").unlink()
     with pytest.raises(UserError, match="no .parquet shards, and no .jsonl"):
         resolve_data(str(texts_folder))

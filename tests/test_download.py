@@ -1,4 +1,4 @@
-"""The downloader against a server on loopback that misbehaves as told."""
+"""The downloader against a server on loopback, which fails in the ways that a test chooses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHER_HASH = "0" * 64
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Each request takes the next act planned for its file, a status or a manner of sending; then all goes well."""
+    """Each request takes the next fault planned for its file, a status or a way of sending; after those it succeeds."""
 
     def do_GET(self):
         name, wanted = self.path.rpartition("/")[2], self.headers.get("Range")

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jel.actions import apply_multipliers
+from jel import apply_multipliers
 from jel.errors import JelError
 from jel.policy import GaussianPolicy, _digest, load_policy, policy_files, save_policy
 from jel.schedule import ScheduleController, export_schedule, load_schedule

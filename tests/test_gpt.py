@@ -47,7 +47,7 @@ def close(a, b, tolerance=1e-9):
 
 
 def slow_gpt(model, idx):
-    """One sequence (T,) -> logits (T, V), head by head and position by position: DESIGN section 4."""
+    """One sequence (T,) -> logits (T, V), head by head and position by position."""
     c, w, T = model.config, model.state_dict(), len(idx)
     D = c.n_embd // c.n_head
 
@@ -154,7 +154,10 @@ def test_chunked_loss_equals_the_plain_one(runs, chunk, monkeypatch):
     g = torch.Generator().manual_seed(runs)
     x, weight = (torch.randn(runs, n, 5, generator=g, dtype=torch.float64).mul_(3).requires_grad_() for n in (7, 9))
     targets = torch.randint(-1, 9, (runs, 7), generator=g)
-    targets[:, 2], scale = -1, torch.arange(1.0, runs + 1)  # runs weigh differently in what is differentiated
+    targets[:, 2], scale = (
+        -1,
+        torch.arange(1.0, runs + 1),
+    )  # the runs have different weights in the sum that is differentiated
     plain = head.mean_loss(head.cross_entropy(head.softcapped_logits(x, weight), targets), targets)
     chunked = head.ChunkedLoss.apply(x, weight, targets)
     close(chunked, plain, 1e-12)

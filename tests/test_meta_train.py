@@ -143,7 +143,7 @@ def test_two_processes_are_one(base, train, undisturbed):
 
 def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
     policy, card = load_policy(base / "runs" / "meta-whole" / "policy")
-    assert policy.is_progress_policy and card["training"]["flags"]["updates"] == 4
+    assert policy.observes == {"progress"} and card["training"]["flags"]["updates"] == 4
     log = undisturbed[1]
     assert [record["step"] for record in log] == [0, 1, 2, 3] and all(len(record["returns"]) == 3 for record in log)
     assert undisturbed[2]["entropy"] == [record["entropy"] for record in log]

@@ -47,7 +47,7 @@ def test_adamw_equals_torch(weight_decay):
 
 
 def slow_muon(p, grad, buf, second, lr, wd, mu, beta2):
-    """One step on one matrix -> (p, buf, second): DESIGN section 4 read aloud; `second` is (rows,) or (cols,)."""
+    """One step on one matrix -> (p, buf, second), by the definition; `second` is (rows,) or (cols,)."""
     rows, cols = p.shape
     buf = mu * buf + (1 - mu) * grad  # Nesterov momentum as an EMA
     x = mu * buf + (1 - mu) * grad
@@ -140,10 +140,11 @@ def test_muon_decays_only_where_update_and_parameter_agree():
 # MuonAdamW
 
 
-def make(seed: int = 0, **hyper) -> MuonAdamW:
-    """Two AdamW tensors and a Muon stack of two."""
+def make(seed: int = 0, runs: int | None = None, **hyper) -> MuonAdamW:
+    """Two AdamW tensors and a Muon stack of two; with `runs`, each parameter has a leading axis."""
     shared = {"lr": 0.05, "weight_decay": 0.1, **hyper}
-    params = [nn.Parameter(randn(*shape, seed=seed + i)) for i, shape in enumerate([(9, 4), (3,), (6, 4), (6, 4)])]
+    lead, shapes = () if runs is None else (runs,), [(9, 4), (3,), (6, 4), (6, 4)]
+    params = [nn.Parameter(randn(*lead, *shape, seed=seed + i)) for i, shape in enumerate(shapes)]
     return MuonAdamW(
         [
             {"name": "tables", "kind": "adamw", "params": params[:2], "betas": (0.8, 0.95), "eps": 1e-10, **shared},
@@ -171,7 +172,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("as_on_cuda", [True, False])
 def test_a_decision_never_recompiles(monkeypatch, as_on_cuda):
-    """Compiled updates take hyperparameters as 0-D tensors; as floats (`as_on_cuda` False) each decision would compile."""
+    """Compiled updates take hyperparameters as 0-D tensors; with floats (`as_on_cuda` False) each decision compiles."""
     from torch._dynamo.utils import counters
 
     if as_on_cuda:
@@ -265,6 +266,27 @@ def test_rates_per_run_equal_single_runs(lr, wd):
         together.step()
     for p, alone in zip(params_of(together), zip(*map(params_of, singles))):
         torch.testing.assert_close(p.data, torch.stack(alone).data, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("runs", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_tensor_rates_filled_in_place_are_floats_set_anew(runs, dtype):
+    """0-D or (R,) tensors that stay in the groups and are filled before every step = new values in the groups."""
+    shape = () if runs is None else (runs,)
+    filled, anew = make(runs=runs), make(runs=runs)
+    for group in filled.param_groups:
+        group.update(lr=torch.zeros(shape, dtype=dtype), weight_decay=torch.zeros(shape, dtype=dtype))
+    tensors = [(group["lr"], group["weight_decay"]) for group in filled.param_groups]
+    for step in range(4):
+        for i, ((lr, wd), group) in enumerate(zip(tensors, anew.param_groups)):
+            lr.copy_((0.01 + 0.1 * step + i) * torch.arange(1, 1 + lr.numel()).view(shape))
+            wd.fill_(0.3 / (1 + step))
+            group.update(lr=lr.item() if runs is None else lr.clone(), weight_decay=wd.clone())
+        train(filled, step)
+        train(anew, step)
+        assert_same(filled, anew)
+        for group, (lr, wd) in zip(filled.param_groups, tensors):
+            assert group["lr"] is lr and group["weight_decay"] is wd
 
 
 def test_bf16_weights_have_fp32_moments_and_rates():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
 
 from nanochat.common import UserError
 from scripts import base_train, meta_train, presets
@@ -45,6 +44,22 @@ def test_a_preset_with_an_unknown_key_is_refused(monkeypatch):
         presets.parse_with_preset(base_train.flags(), "base_train", ["--preset", "smoke"])
 
 
+def test_seeds_and_test_tokens_of_the_presets(monkeypatch, capsys):
+    seeds, tokens = {}, {}
+    for preset in presets.PRESETS:
+        monkeypatch.setattr("sys.argv", ["presets", preset])
+        presets.main()
+        name, _, *listed = capsys.readouterr().out.split()
+        assert name == preset
+        seeds[preset] = [int(seed) for seed in listed]
+        tokens[preset] = presets.parse_with_preset(base_train.flags(), "base_train", ["--preset", preset]).test_tokens
+    assert seeds == {"paper": [42, 43, 44], "tiny": [42, 43, 44, 45, 46], "smoke": [42]}
+    assert tokens == {"paper": 20 * 524288, "tiny": 65536, "smoke": 1024}
+    monkeypatch.setattr("sys.argv", ["presets", "huge"])
+    with pytest.raises(UserError, match="there is no preset 'huge'"):
+        presets.main()
+
+
 def test_auto_is_tiny_without_a_gpu_and_paper_with_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert presets.resolve_preset("auto") == "tiny"
@@ -73,20 +88,3 @@ def test_every_command_in_the_readme_parses():
             presets.parse_with_preset(SCRIPTS[script](), script, flags)
         else:
             assert importlib.util.find_spec(f"scripts.{script}")
-
-
-def test_the_loop_in_the_readme_runs():
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    model, total, seen = nn.Linear(4, 1), 120, []
-
-    def forward_backward():
-        optimizer.zero_grad()
-        model(torch.randn(8, 4)).square().mean().backward()
-        seen.append(optimizer.param_groups[0]["lr"])
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    exec(
-        code.replace("...", "forward_backward()", 1),
-        {"optimizer": optimizer, "total": total, "forward_backward": forward_backward},
-    )
-    assert len(seen) == total and len(set(seen)) >= 3  # the base rate, then a new one at each decision

@@ -11,8 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.report.figures import meta_training_figure, multiplier_figure, validation_figure
-from scripts.report.statistics import compare, mean_curve, quartiles, ratio, summarize, total, verdict
-from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3, markdown, number, plain
+from scripts.report.render import markdown, plain
+from scripts.report.statistics import (
+    compare,
+    mean,
+    mean_curve,
+    quartiles,
+    ratio,
+    summarize,
+    t_quantile,
+    t_two_sided,
+    total,
+    verdict,
+)
+from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3, number
 
 values = st.floats(0.5, 5)
 by_seed = st.dictionaries(st.integers(0, 6), values, min_size=2, max_size=7)
@@ -33,7 +45,9 @@ def test_comparison_against_its_slow_twin(ours, theirs):
     if len(pairs) >= 2:
         differences = [a - b for a, b in pairs]
         assert c.difference == pytest.approx(statistics.mean(differences), abs=1e-12)
-        assert c.standard_error == pytest.approx(statistics.stdev(differences) / len(pairs) ** 0.5, abs=1e-12)
+        assert c.std == pytest.approx(statistics.stdev(differences), abs=1e-12)
+        half = t_quantile(len(pairs) - 1) * statistics.stdev(differences) / len(pairs) ** 0.5
+        assert c.interval == pytest.approx((c.difference - half, c.difference + half), abs=1e-12)
         assert c.relative == pytest.approx(sum(a for a, _ in pairs) / sum(b for _, b in pairs) - 1)
 
 
@@ -47,17 +61,41 @@ def test_swapping_the_methods_swaps_the_verdict(ours, theirs):
 
 @given(by_seed)
 def test_a_method_does_not_differ_from_itself(x):
-    assert compare(x, x).verdict == ("no difference shown" if len(x) >= 3 else "too few seeds")
+    assert compare(x, x).verdict == ("no difference shown" if len(x) >= 5 else f"undecided, n = {len(x)}")
 
 
-def test_verdict_needs_seeds_and_more_than_two_standard_errors():
-    assert verdict(-0.2, 0.1, 3) == "no difference shown" and verdict(-0.2001, 0.1, 3) == "better"
-    assert verdict(0.2001, 0.1, 3) == "worse" and verdict(-9.0, 0.1, 2) == "too few seeds"
-    assert verdict(None, None, 0) == ABSENT and verdict(math.nan, math.nan, 3) == "diverged"
+def test_verdict_needs_five_seeds_and_an_interval_without_zero():
+    assert verdict(-0.2, (-0.4, 0.0), 5) == "no difference shown" and verdict(-0.2, (-0.4, -1e-9), 5) == "better"
+    assert verdict(0.2, (1e-9, 0.4), 5) == "worse" and verdict(-9.0, (-9.1, -8.9), 4) == "undecided, n = 4"
+    assert verdict(None, None, 0) == ABSENT and verdict(math.nan, None, 5) == "diverged"
+    assert compare({1: 2.0}, {1: 1.0}).interval is None and compare({1: 2.0}, {1: 1.0}).verdict == "undecided, n = 1"
+
+
+@pytest.mark.parametrize(
+    "df, t", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (1000, 1.962)]
+)
+def test_t_quantiles_are_those_of_the_tables(df, t):
+    assert t_quantile(df) == pytest.approx(t, abs=5e-4)
+    assert t_two_sided(t_quantile(df), df) == pytest.approx(0.95, abs=1e-9)
+
+
+def test_t_quantile_refuses_what_has_none():
+    for df, confidence in ((0, 0.95), (4, 0.0), (4, 1.0)):
+        with pytest.raises(ValueError):
+            t_quantile(df, confidence)
+
+
+def test_the_verdict_is_calibrated():
+    """Two equal methods, 5 seeds: the verdict calls them different in 5% of 20,000 experiments."""
+    draws = np.random.default_rng(0).normal(size=(20_000, 2, 5))
+    verdicts = [compare(dict(enumerate(a)), dict(enumerate(b))).verdict for a, b in draws.tolist()]
+    differs = sum(v in ("better", "worse") for v in verdicts) / len(verdicts)
+    assert 0.045 < differs < 0.055
+    assert abs(verdicts.count("better") - verdicts.count("worse")) < 150  # and it has no side
 
 
 def test_pairing_removes_what_the_seeds_share():
-    base = {s: 1.0 + s for s in range(4)}  # seeds differ by far more than the methods do
+    base = {s: 1.0 + s for s in range(5)}  # seeds differ by far more than the methods do
     assert compare({s: v - 0.01 - 0.001 * (s % 2) for s, v in base.items()}, base).verdict == "better"
 
 
@@ -76,9 +114,9 @@ def test_bands():
     np.testing.assert_allclose(quartiles(x), want)
 
 
-def test_ratio_and_total_of_what_was_not_measured():
+def test_costs_of_what_was_not_measured():
     assert ratio(None, 2.0) is ratio(2.0, None) is ratio(2.0, 0) is total([]) is total([1.0, None]) is None
-    assert ratio(3.0, 2.0) == 1.5 and total([1, 2]) == 3
+    assert ratio(3.0, 2.0) == 1.5 and total([1, 2]) == 3 and mean([1, 2]) == 1.5 and mean([]) is mean([None]) is None
 
 
 @settings(max_examples=30)
@@ -108,9 +146,12 @@ def test_figures_draw_what_they_are_given():
     band = whole.collections[0].get_paths()[0].vertices
     assert {2.0, 3.0} == {y for x, y in band if x == 10}
     validation_figure({"a": [{0: 4.0, 5: 1.0}], "b": [{0: 4.0, 90: 3.0}]}, {"a": "A", "b": "B"}, "")  # of other lengths
-    lr, _ = multiplier_figure([0.0, 0.5], [[1, 2], [2, 8], [9, 9]], [[1, 1]] * 3, "").axes
+    lr, wd = multiplier_figure([0.0, 0.5], [[1, 2], [2, 8], [9, 9]], [[1, 1]] * 3, (40.0, 1.0), "").axes
     assert lr.get_yscale() == "log"
-    assert [list(line.get_ydata()) for line in lr.lines[:2]] == [[2, 8], [9, 9]]  # median, last update
-    entropy, returns = meta_training_figure([0.9, 0.8], [1.0, 2.0], [3.0, 4.0], "").axes
-    assert entropy.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.8]]
+    drawn = [list(line.get_ydata()) for line in lr.lines]
+    assert drawn[:4] == [[1, 2], [2, 8], [9, 9], [2, 8]]  # three policies, their median
+    assert drawn[4] == [40.0, 40.0] and list(wd.lines[4].get_ydata()) == [1.0, 1.0]  # the best constant
+    multiplier_figure([0.0, 0.5], [[1, 2]], [[1, 1]], None, "")  # one seed, no constant
+    entropy, returns = meta_training_figure([[0.9, 0.8], [0.7, 0.6]], [[1.0, 2.0]], [[3.0, 4.0]], "").axes
+    np.testing.assert_allclose(entropy.lines[0].get_xydata(), [[1, 0.8], [2, 0.7]])
     assert [list(line.get_ydata()) for line in returns.lines] == [[3.0, 4.0], [1.0, 2.0]]

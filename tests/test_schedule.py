@@ -9,7 +9,7 @@ import schedulefree
 import torch
 import torch.nn as nn
 
-from nanochat.lr_schedule import base_hparams, lr_factor, muon_momentum, set_momentum, wd_factor
+from nanochat.lr_schedule import base_hparams, lr_factor, muon_momentum, wd_factor
 from nanochat.optim import MuonAdamW
 from nanochat.schedule_free import ScheduleFreeMuon
 
@@ -55,7 +55,9 @@ def test_weight_decay_falls_to_its_end_or_stays():
 
 
 def test_momentum_rises_over_300_steps():
-    assert [muon_momentum(step) for step in (0, 150, 300, 301, 10_000)] == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95])
+    assert [muon_momentum(step, 561) for step in (0, 150, 300, 301, 10_000)] == pytest.approx(
+        [0.85, 0.9, 0.95, 0.95, 0.95]
+    )
 
 
 def test_base_hparams_start_from_each_groups_initial_values():
@@ -70,14 +72,20 @@ def test_base_hparams_start_from_each_groups_initial_values():
     assert groups == before  # writing is the hook's business
 
 
-def test_set_momentum_touches_muon_only():
-    groups = [{"kind": "muon", "momentum": 0.0}, {"kind": "adamw", "betas": (0.8, 0.95)}]
-    set_momentum(groups, 150)
-    assert groups == [{"kind": "muon", "momentum": pytest.approx(0.9)}, {"kind": "adamw", "betas": (0.8, 0.95)}]
+def test_a_shorter_run_ramps_the_momentum_over_the_same_share_of_itself():
+    assert [muon_momentum(k, 187) for k in range(0, 101, 10)] == pytest.approx(
+        [muon_momentum(3 * k, 561) for k in range(0, 101, 10)]
+    )
+    assert muon_momentum(150, 5610) == muon_momentum(150, 561)  # a longer one keeps the 300 steps
 
 
-# -----------------------------------------------------------------------------
-# schedule-free
+def test_momentum_is_a_base_value_of_muon_groups_alone():
+    groups = [
+        {"kind": "muon", "initial_lr": 1.0, "initial_wd": 0.0},
+        {"kind": "adamw", "initial_lr": 1.0, "initial_wd": 0.0},
+    ]
+    muon, adamw = base_hparams(groups, 150, 561, 0.0, 0.4, 0.0, 0.0)
+    assert muon["momentum"] == pytest.approx(0.9) and "momentum" not in adamw
 
 
 def make(seed: int = 0, **hyper) -> ScheduleFreeMuon:
@@ -135,6 +143,41 @@ def test_adamw_part_is_the_packages_with_its_rate_and_muon_part_is_muons():
         package.step()
         muon.step()
     assert all(torch.equal(a, b) for a, b in zip(params_of(ours), [*free, *matrices]))
+
+
+@pytest.mark.parametrize("betas", [None, (0.95, 0.99)])
+def test_betas_are_the_packages_unless_given(betas):
+    ours, start = make(**({} if betas is None else {"betas": betas})), values(make())
+    free = [nn.Parameter(p) for p in start[:2]]
+    package = schedulefree.AdamWScheduleFree(
+        free, lr=0.05, weight_decay=0.1, warmup_steps=3, **({} if betas is None else {"betas": betas})
+    )
+    package.train()
+    for step in range(4):
+        train(ours, step)
+        for i, p in enumerate(free):
+            p.grad = gradient(step, i, p)
+        package.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.params, free))
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.9), (0.9, 1.0), (float("nan"), 0.9)])
+def test_betas_outside_0_to_1_are_refused(betas):
+    with pytest.raises(ValueError, match="betas"):
+        make(betas=betas)
+
+
+def test_a_schedule_may_set_rate_decay_and_momentum_of_muon():
+    plain, scheduled, rate = make(), make(), torch.zeros(())
+    scheduled.param_groups[0]["lr"] = rate
+    for step in range(3):
+        plain.param_groups[0].update(lr=0.5**step, weight_decay=0.1 * step, momentum=0.85 + 0.01 * step)
+        scheduled.param_groups[0].update(weight_decay=0.1 * step, momentum=0.85 + 0.01 * step)
+        rate.fill_(0.5**step)
+        train(plain, step)
+        train(scheduled, step)
+    assert all(torch.equal(a, b) for a, b in zip(values(plain), values(scheduled)))
+    assert not torch.equal(values(plain)[2], values(make())[2])
 
 
 def test_evaluated_weights_differ_from_trained_ones_and_come_back():

@@ -1,72 +1,20 @@
 """Group-relative policy optimisation without length and variance normalisation (paper 3.5).
 
-Shapes: E episodes (the group), K decisions, S state size, A actions, N samples of a minibatch.
-`alive` (E, K) is False for the decisions after an episode has blown up; they take no part in anything.
+Shapes: E episodes (the group), K decisions, S features, A knobs, N samples of a minibatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jel.errors import JelError
+from jel.learn.advantages import discounted_returns, group_advantages
+from jel.learn.rollout import Rollout
 from jel.policy import GaussianPolicy
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What one group of episodes leaves behind for the policy update; on the policy's device, the CPU."""
-
-    states: Tensor  # (E, K, S)
-    actions: Tensor  # (E, K, A) raw, before the tanh
-    log_probs: Tensor  # (E, K) under the policy that sampled the actions
-    rewards: Tensor  # (E, K)
-    alive: Tensor  # (E, K) bool
-
-
-# -----------------------------------------------------------------------------
-# returns, advantages, loss
-
-
-def discounted_returns(rewards: Tensor, gamma: float, alive: Tensor) -> Tensor:
-    """`R_k = sum over k' >= k of gamma^(k' - k) r_k'` (eq. 1): (E, K) -> (E, K), 0 where not alive."""
-    rewards = torch.where(alive, rewards, 0.0)
-    returns = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])
-    for k in reversed(range(rewards.shape[1])):
-        returns[:, k] = following = rewards[:, k] + gamma * following
-    return returns
-
-
-def group_advantages(returns: Tensor, alive: Tensor) -> Tensor:
-    """Return minus the group's mean return at the same decision index (eq. 2, 3): (E, K) -> (E, K).
-
-    Mean over the alive members; 0 where not alive. Divided by nothing: neither by a standard deviation nor a length.
-    """
-    baseline = _mean_over_alive(returns, alive)  # (1, K)
-    return torch.where(alive, returns - baseline, 0.0)
-
-
-def standard_grpo_advantages(returns: Tensor, alive: Tensor, eps: float = 1e-6) -> Tensor:
-    """With both normalisations of standard GRPO, for the paper's ablation (4.4): (E, K) -> (E, K).
-
-    Variance: divided by the group's standard deviation at the same decision index. Length: GRPO averages an episode's
-    terms over its own length before it averages over episodes; weighting a term by (mean length / own length) says
-    the same to a loss that averages over all alive samples, and is 1 when every episode lives to its end.
-    """
-    advantages = group_advantages(returns, alive)
-    deviation = _mean_over_alive(advantages.square(), alive).sqrt()  # (1, K)
-    lengths = alive.sum(1, keepdim=True).to(returns.dtype)  # (E, 1)
-    mean_length = lengths.sum() / (lengths > 0).sum().clamp(min=1)
-    return advantages / (deviation + eps) * mean_length / lengths.clamp(min=1)
-
-
-def _mean_over_alive(x: Tensor, alive: Tensor) -> Tensor:
-    """Mean over the episodes that are alive at each decision: (E, K) -> (1, K), 0 where none is."""
-    return torch.where(alive, x, 0.0).sum(0, keepdim=True) / alive.sum(0, keepdim=True).clamp(min=1)
 
 
 def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
@@ -75,14 +23,30 @@ def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
-# -----------------------------------------------------------------------------
-# one policy update
+def minibatches(
+    alive: Tensor, size: int, whole_episodes: bool, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in random order, as (episode, decision) indices: of single decisions, or of whole episodes.
+
+    Single decisions: about `size` alive ones at a time, two (N,). Whole episodes, for policies with a memory: those
+    with an alive decision, about `size` decisions at a time, (n, 1) and (1, K), which index (n, K) in order of time.
+    """
+    K = alive.shape[1]
+    if not whole_episodes:
+        episodes, decisions = alive.nonzero(as_tuple=True)
+        for i in torch.randperm(len(episodes), generator=generator).split(size):
+            yield episodes[i], decisions[i]
+        return
+    begun = alive.any(dim=1).nonzero().flatten()
+    for i in torch.randperm(len(begun), generator=generator).split(max(1, size // K)):
+        yield begun[i][:, None], torch.arange(K)[None, :]
 
 
 class PolicyUpdate:
     """Owns the policy's Adam and the shuffling: `update(rollout)` is one update of the paper's 50.
 
-    `advantages` maps (returns, alive) to advantages: `group_advantages`, or `standard_grpo_advantages` to ablate.
+    `returns` maps (rewards, alive) to returns, by default the paper's, discounted by `gamma`; `advantages` maps
+    (returns, alive) to advantages: `group_advantages`, or `standard_grpo_advantages` to ablate.
     """
 
     def __init__(
@@ -96,10 +60,12 @@ class PolicyUpdate:
         minibatch_size: int,
         entropy_coef: float,
         seed: int,
+        returns: Callable[[Tensor, Tensor, float], Tensor] = discounted_returns,
         advantages: Callable[[Tensor, Tensor], Tensor] = group_advantages,
     ):
         self.policy, self.gamma, self.clip, self.epochs = policy, gamma, clip, epochs
-        self.minibatch_size, self.entropy_coef, self.advantages = minibatch_size, entropy_coef, advantages
+        self.minibatch_size, self.entropy_coef = minibatch_size, entropy_coef
+        self.returns, self.advantages = returns, advantages
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
         for p in policy.parameters():  # Adam's own start, made early so that the state always has one layout
@@ -116,27 +82,32 @@ class PolicyUpdate:
         `entropy` (nats per action dimension), `approx_kl` (old to new, the estimate mean(ratio - 1 - log ratio)) and
         `clip_fraction` (samples whose ratio lies outside the clip range). Raises `JelError` if no sample is alive.
         """
-        alive = rollout.alive
+        alive, old = rollout.alive, rollout.log_probs
+        # whatever stands where an episode is not alive, a NaN there would spread through the gradient
+        states, actions = (torch.where(alive[..., None], x, 0.0) for x in (rollout.states, rollout.actions))
         if not alive.any():
             raise JelError("no episode of this update started with a finite probe loss; check the task, not the policy")
-        returns = discounted_returns(rollout.rewards, self.gamma, alive)
-        advantages = self.advantages(returns, alive)[alive]
-        states, actions, old = rollout.states[alive], rollout.actions[alive], rollout.log_probs[alive]
+        advantages = self.advantages(self.returns(rollout.rewards, alive, self.gamma), alive)
         losses, norms = [], []
         for _ in range(self.epochs):
-            for i in torch.randperm(len(old), generator=self.generator).split(self.minibatch_size):
-                log_probs = self.policy.log_prob(states[i], actions[i])
-                loss = clipped_policy_loss(log_probs, old[i], advantages[i], self.clip)
+            for at in minibatches(alive, self.minibatch_size, self.policy.recurrent, self.generator):
+                counts = alive[at]
+                log_probs = self.policy.log_prob(states[at], actions[at])[counts]
+                loss = clipped_policy_loss(log_probs, old[at][counts], advantages[at][counts], self.clip)
                 if self.entropy_coef:
-                    loss = loss - self.entropy_coef * self.policy.entropy(states[i]).mean()
+                    loss = loss - self.entropy_coef * self.policy.entropy(states[at])[counts].mean()
                 self.optimizer.zero_grad()
                 loss.backward()
-                norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]).item())
+                norms.append(
+                    torch.nn.utils.get_total_norm(
+                        [p.grad for p in self.policy.parameters() if p.grad is not None]
+                    ).item()
+                )
                 self.optimizer.step()
                 losses.append(loss.item())
         with torch.no_grad():
-            log_ratio = self.policy.log_prob(states, actions) - old
-            entropy = self.policy.entropy(states).mean()
+            log_ratio = (self.policy.log_prob(states, actions) - old)[alive]
+            entropy = self.policy.entropy(states)[alive].mean()
         ratio = log_ratio.exp()
         return {
             "loss": sum(losses) / len(losses),
@@ -167,7 +138,7 @@ class PolicyUpdate:
                 value.copy_(state["optimizer"][name][key])
 
 
-def _layout(tree):
+def _layout(tree: Any) -> Any:
     """The shape of a nested dict: its keys, and at each leaf the tensor's shape."""
     if isinstance(tree, dict):
         return {key: _layout(value) for key, value in tree.items()}

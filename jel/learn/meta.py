@@ -8,21 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from jel.learn.grpo import PolicyUpdate, discounted_returns
-from jel.learn.rollout import EpisodeTask, collect, decision_steps
+from jel.knobs import Multipliers
+from jel.learn.env import Env
+from jel.learn.grpo import PolicyUpdate
+from jel.learn.rollout import RewardConfig, collect
 from jel.policy import GaussianPolicy, multiplier_table
 
 
 @dataclass(frozen=True)
-class MetaConfig:
-    """What a group of episodes is (names as in the paper's Table 2 where it has them)."""
+class GroupConfig:
+    """What a group of episodes is."""
 
     episodes: int  # per update
     chunk: int  # of them side by side on this device
-    decision_interval: int  # steps
-    lambda_g: float  # gradient penalty
-    lambda_s: float  # smoothness penalty
-    nan_penalty: float | None  # reward of a blow-up, negated; None = the episode's starting loss
+    reward: RewardConfig
 
 
 class MetaTrainer:
@@ -34,56 +33,53 @@ class MetaTrainer:
 
     def __init__(
         self,
-        task: EpisodeTask,
+        env: Env,
         policy: GaussianPolicy,
         updater: PolicyUpdate,
-        config: MetaConfig,
+        config: GroupConfig,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         stop_requested: Callable[[], bool] = lambda: False,
     ):
-        self.task, self.policy, self.updater, self.config, self.seed = task, policy, updater, config, seed
+        self.env, self.policy, self.updater, self.config, self.seed = env, policy, updater, config, seed
         self.rank, self.world_size, self.stop_requested = rank, world_size, stop_requested
-        self.progress = [
-            first / task.num_steps for first, _ in decision_steps(task.num_steps, config.decision_interval)
-        ]
         self.updates = 0
 
     def update(self) -> dict:
-        """One group and one policy update; returns the record for the log (see README, "what is logged")."""
+        """One group and one policy update; returns the record for the log (the README explains its keys)."""
         start, c = time.perf_counter(), self.config
+        decisions, num_steps = self.env.decisions(self.updates), self.env.task.num_steps(self.updates)
         generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.updates) % 2**63)  # a stream per group
-        rollout, probe_losses = collect(
-            self.task,
+        noise = torch.randn(c.episodes, len(decisions), self.policy.n_actions, generator=generator)
+        rollout = collect(
+            self.env,
             self.policy,
             self.updates,
-            c.episodes,
+            noise,
             c.chunk,
-            c.decision_interval,
-            generator,
-            c.lambda_g,
-            c.lambda_s,
-            c.nan_penalty,
+            c.reward,
             self.rank,
             self.world_size,
             self.stop_requested,
         )
         stats = self.updater.update(rollout)
-        returns = discounted_returns(rollout.rewards, self.updater.gamma, rollout.alive)[:, 0]  # (E,)
-        table = multiplier_table(self.policy, self.progress)
-        whole = rollout.alive.all(dim=1) & probe_losses.isfinite().all(dim=1)
-        final = probe_losses[whole, -1]
+        losses = rollout.probe_losses
+        returns = self.updater.returns(rollout.rewards, rollout.alive, self.updater.gamma)[:, 0]  # (E,)
+        whole = rollout.alive.all(dim=1) & losses.isfinite().all(dim=1)
+        final = losses[whole, -1]
+        progress = [first / num_steps for first, _ in decisions]
         record = {
             "step": self.updates,
             "return_mean": returns.mean().item(),
             "return_best": returns.max().item(),
             "returns": returns.tolist(),
             **stats,
-            "decision_progress": self.progress,
-            "lr": [row["lr"] for row in table],
-            "weight_decay": [row["weight_decay"] for row in table],
-            "probe_first": probe_losses[0, 0].item(),
+            "decision_progress": progress,
+            "multipliers": columns([row["multipliers"] for row in multiplier_table(self.policy, progress)])
+            if self.policy.observes == {"progress"}
+            else {},
+            "probe_first": losses[0, 0].item(),
             "probe_last": final.mean().item() if len(final) else None,
             "episodes_alive": int(whole.sum()),
             "seconds": time.perf_counter() - start,
@@ -99,3 +95,8 @@ class MetaTrainer:
         """Continue where `state_dict` was taken. Raises `JelError` if the policy network is another."""
         self.updater.load_state_dict(state["updater"])
         self.updates = int(state["updates"])
+
+
+def columns(rows: list[Multipliers]) -> dict[str, dict[str, list[float]]]:
+    """K decisions' multipliers -> {group: {hyperparameter: [K]}}."""
+    return {group: {key: [float(row[group][key]) for row in rows] for key in rows[0][group]} for group in rows[0]}

@@ -42,17 +42,17 @@ def bounded_rewards(
     """`rewards`, made safe for episodes that blow up -> rewards (E, K) and the bool mask alive (E, K).
 
     An episode ends at decision k when its reward is not finite, or when the probe loss rises over that interval by
-    more than the worst reward is worth. Decision k then gets `-nan_penalty` and is still alive, since it is to blame;
-    the later ones are not alive, and their reward is 0. An episode whose first loss is not finite is never alive.
-    `nan_penalty` None means L_0, the episode's starting loss: as bad as losing everything there was to gain, so worse
-    than any run that merely fails to learn, yet of the same size as ordinary returns, so that one blow-up shifts its
-    group's baseline instead of drowning it. The rise is capped by the same number: a loss that is finite but huge
-    would poison the baseline as surely as a NaN. (Our reading; the paper is silent.)
+    more than L_0, the episode's starting loss. Decision k then gets `-nan_penalty` and is still alive, since it is to
+    blame; the later ones are not alive, and their reward is 0. An episode whose first loss is not finite is never
+    alive. `nan_penalty` None means L_0: as bad as losing everything there was to gain, so worse than any run that
+    merely fails to learn, yet of the same size as ordinary returns, so that one blow-up shifts its group's baseline
+    instead of drowning it. A rise is limited because a loss that is finite but huge would poison the baseline as
+    surely as a NaN. (Our reading; the paper is silent.)
     """
     raw = rewards(probe_losses, actions, grad_norms, lambda_g, lambda_s)
     first = probe_losses[:, :1]
     penalty = first.abs() if nan_penalty is None else torch.full_like(first, nan_penalty)  # (E, 1)
-    ends = ~raw.isfinite() | (probe_losses.diff(dim=1) > penalty)  # (E, K)
+    ends = ~raw.isfinite() | (probe_losses.diff(dim=1) > first.abs())  # (E, K)
     ended_before = ends.cumsum(dim=1) - ends.long() > 0
     alive = ~ended_before & first.isfinite()
     return torch.where(alive, torch.where(ends, -penalty, raw), 0.0), alive

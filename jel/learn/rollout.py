@@ -1,111 +1,112 @@
 """G episodes -> one Rollout. An episode is a truncated training run under sampled actions.
 
-E episodes of the group, K decisions, S state size, A actions. A task trains some of the group's episodes side by side;
-a group larger than that is run in chunks, and over several ranks each rank runs its share. What an episode does depends
+E episodes of the group, K decisions, S features, A knobs. A task trains some of the group's episodes side by side; a
+group larger than that is run in chunks, and over several ranks each rank runs its share. What an episode does depends
 on its index in the group alone, so ranks and chunks change nothing in the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jel.actions import multipliers, scales_from_actions
-from jel.learn.grpo import Rollout
+from jel.learn.env import Env
 from jel.learn.rewards import bounded_rewards
 from jel.policy import GaussianPolicy
 
 
-class EpisodeTask(Protocol):
-    """Training runs that can be started again and again: what the controller is meta-trained on."""
+@dataclass(frozen=True)
+class Rollout:
+    """What one group of episodes leaves behind for the policy update; on the policy's device, the CPU."""
 
-    num_steps: int  # T, steps of an episode
+    states: Tensor  # (E, K, S)
+    actions: Tensor  # (E, K, A) raw, before the tanh
+    log_probs: Tensor  # (E, K) under the policy that sampled the actions
+    rewards: Tensor  # (E, K)
+    alive: Tensor  # (E, K) bool: False for the decisions after an episode has blown up
+    probe_losses: Tensor  # (E, K + 1)
 
-    def reset(self, group: int, episodes: range) -> None:
-        """Start these episodes of group number `group` from random initialisation (e of them side by side)."""
 
-    def train(self, first_step: int, steps: int, factors: dict[str, Tensor]) -> None:
-        """Train steps first_step, ..., first_step + steps - 1 under the multipliers, a tensor (e,) per hyperparameter."""
+@dataclass(frozen=True)
+class RewardConfig:
+    """The reward of a decision (paper 3.4): see jel/learn/rewards.py."""
 
-    def probe_loss(self) -> Tensor:
-        """Mean loss over the fixed probe batches: (e,), non-finite for an episode that has blown up."""
+    gradient_penalty: float = 0.0  # lambda_g
+    smoothness_penalty: float = 0.0  # lambda_s
+    nan_penalty: float | None = None  # what an episode that blows up loses; None = its starting loss
 
-    def grad_norm(self) -> Tensor:
-        """Global gradient norm of the last step: (e,). Asked for only with a gradient penalty."""
+    @property
+    def measured(self) -> tuple[str, ...]:
+        return ("probe_loss", "grad_norm") if self.gradient_penalty else ("probe_loss",)
 
 
 class Interrupted(Exception):
     """The rollout was abandoned half way because a stop was requested; nothing has changed but the task."""
 
 
-def decision_steps(num_steps: int, interval: int) -> list[tuple[int, int]]:
-    """(first step, steps) of each decision: every `interval` steps, the last interval shorter if it must be."""
-    return [(first, min(interval, num_steps - first)) for first in range(0, num_steps, interval)]
-
-
 def collect(
-    task: EpisodeTask,
+    env: Env,
     policy: GaussianPolicy,
     group: int,
-    episodes: int,
+    noise: Tensor,
     chunk: int,
-    interval: int,
-    generator: torch.Generator,
-    lambda_g: float,
-    lambda_s: float,
-    nan_penalty: float | None,
+    reward: RewardConfig,
     rank: int = 0,
     world_size: int = 1,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> tuple[Rollout, Tensor]:
-    """Run the group's episodes under actions sampled from the policy -> (rollout, probe losses (E, K + 1)).
+) -> Rollout:
+    """Run the group's episodes, each decision taken by the policy at what it then observes.
 
-    `chunk`: episodes side by side. It and the state of `generator` must be the same on all ranks. Raises `Interrupted` when
-    `stop_requested()` (checked at every decision) says so.
+    `noise` (E, K, A), standard normal: what is added to the mean action in units of the standard deviation. `chunk`:
+    episodes side by side. Both are the same on all ranks. Raises `Interrupted` when `stop_requested()` (checked at
+    every decision) says so.
     """
-    decisions = decision_steps(task.num_steps, interval)
-    noise = torch.randn(episodes, len(decisions), policy.n_actions, generator=generator)  # (E, K, A)
-    states = torch.tensor([[first / task.num_steps] for first, _ in decisions]).expand(episodes, -1, 1)  # (E, K, 1)
-    with torch.no_grad():
-        actions, log_probs = policy.act(states, noise)  # (E, K, A), (E, K)
-    scales = scales_from_actions(actions, policy.action_range)
-
-    readings = torch.zeros(episodes, 2 * len(decisions) + 1)  # K + 1 losses, K norms
-    share = -(-episodes // world_size)
-    mine = range(min(rank * share, episodes), min((rank + 1) * share, episodes))
-    for first_episode in range(
-        mine.start, mine.start + share, chunk
-    ):  # as often on a rank with fewer: they stop together
-        those = mine[first_episode - mine.start :][:chunk]
-        rows = slice(those.start, those.stop)
-        if those:
-            task.reset(group, those)
-            readings[rows, 0] = task.probe_loss().cpu()
-        for k, (first_step, steps) in enumerate(decisions):
+    E, K, A = noise.shape
+    S = len(env.features)
+    # one row an episode: S features, A actions, a log-density and a gradient norm for each decision, K + 1 probe losses
+    record = torch.zeros(E, K * (S + A + 2) + K + 1)
+    states, actions, log_probs, norms, losses = record.split([K * S, K * A, K, K, K + 1], dim=1)
+    states, actions = states.unflatten(1, (K, S)), actions.unflatten(1, (K, A))
+    share = -(-E // world_size)
+    mine = range(min(rank * share, E), min((rank + 1) * share, E))
+    # as many turns on a rank with fewer episodes: all stop at the same decision
+    for first_episode in range(mine.start, mine.start + share, chunk):
+        episodes = mine[first_episode - mine.start :][:chunk]
+        rows = slice(episodes.start, episodes.stop)
+        if episodes:
+            state = env.reset(group, episodes)
+            losses[rows, 0] = env.readings["probe_loss"]
+        for k in range(K):
             if stop_requested():
                 raise Interrupted
-            if not those:
+            if not episodes:
                 continue
-            task.train(first_step, steps, multipliers(scales[rows, k]))
-            readings[rows, k + 1] = task.probe_loss().cpu()
-            if lambda_g:
-                readings[rows, len(decisions) + 1 + k] = task.grad_norm().cpu()
+            states[rows, k] = state
+            actions[rows, k], log_probs[rows, k] = policy.act(state, noise[rows, k])
+            state = env.step(actions[rows, k])
+            losses[rows, k + 1] = env.readings["probe_loss"]
+            if reward.gradient_penalty:
+                norms[rows, k] = env.readings["grad_norm"]
     if world_size > 1:
-        readings = _sum_over_ranks(readings)
-    probe_losses, norms = readings[:, : len(decisions) + 1], readings[:, len(decisions) + 1 :]
+        record.copy_(_sum_over_ranks(record))
     rewards, alive = bounded_rewards(
-        probe_losses, actions, norms if lambda_g else None, lambda_g, lambda_s, nan_penalty
+        losses,
+        actions,
+        norms if reward.gradient_penalty else None,
+        reward.gradient_penalty,
+        reward.smoothness_penalty,
+        reward.nan_penalty,
     )
-    return Rollout(states, actions, log_probs, rewards, alive), probe_losses
+    return Rollout(states, actions, log_probs, rewards, alive, losses)
 
 
-def _sum_over_ranks(readings: Tensor) -> Tensor:
+def _sum_over_ranks(record: Tensor) -> Tensor:
     """Every rank filled its own rows and left the others 0."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    readings = readings.to(device)
-    dist.all_reduce(readings)
-    return readings.cpu()
+    record = record.to(device)
+    dist.all_reduce(record)
+    return record.cpu()

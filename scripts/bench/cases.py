@@ -1,7 +1,7 @@
 """What the benchmark times: each case is built from its spec and returns a function that runs one turn of it.
 
-The parts of the project stand in one function each: a training step in `train_step`, the hook in `hook`, episodes in
-`case_episodes`, text to batches in `case_data`. R runs, B rows of a batch, T time.
+The hook stands in `hook`, episodes in `case_episodes`, text to batches in `case_data`.
+R runs, B rows of a batch, T time.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 import rustbpe
 import torch
 
-from jel.actions import IDENTITY, apply_multipliers
-from jel.controller import Controller, PolicyController
+from jel import IDENTITY, Controller, PolicyController, apply_multipliers, as_decision
 from jel.learn.workers import ParallelTask
-from jel.tasks.pretrain import PretrainTask
+from jel.tasks.pretrain import PretrainTask, group_names, uniform_base
 from nanochat.common import Compute, base_dir
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import library_texts, write_shards
 from nanochat.divergence_guard import DivergenceGuard
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.lr_schedule import base_hparams, set_momentum
+from nanochat.lr_schedule import base_hparams
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, tokenizer_folder
+from nanochat.train_step import train_step
 from scripts.bench.twins import StraightOptimizer, straight_loss
 
 RUN_STEPS, DECISION_INTERVAL = 100, 10  # of the schedule that steps are timed under
@@ -52,20 +52,9 @@ def hook(groups: list[dict], step: int, controller: Controller | None, multiplie
     """The hook of `base_train` at this step: base schedule, controller, param groups. Returns the multipliers."""
     base = base_hparams(groups, step % RUN_STEPS, RUN_STEPS, **SCHEDULE)
     if controller and step % DECISION_INTERVAL == 0:
-        multipliers = controller.decide({"progress": step % RUN_STEPS / RUN_STEPS})
+        multipliers = as_decision(controller.decide({"progress": step % RUN_STEPS / RUN_STEPS})).multipliers
     apply_multipliers(groups, base, guard.limit(multipliers))
-    set_momentum(groups, step)
     return multipliers
-
-
-def train_step(forward: Callable, optimizer, batches: Sequence, compute: Compute) -> None:
-    """Forward and backward over the micro-batches, and the optimizer's step."""
-    optimizer.zero_grad(set_to_none=True)
-    for inputs, targets in batches:
-        with compute.autocast():
-            loss = forward(inputs, targets)
-        (loss.sum() / len(batches)).backward()
-    optimizer.step()
 
 
 def case_step(spec: dict, compute: Compute) -> Callable[[], None]:
@@ -170,29 +159,29 @@ def case_episodes(spec: dict, compute: Compute) -> Callable[[], None]:
     """
     together, workers, steps = spec["together"], spec.get("workers", 1), spec["steps"]
     num_steps = 33 * steps
+    config = GPTConfig(**spec["model"])
     make = partial(
         PretrainTask,
-        GPTConfig(**spec["model"]),
+        config,
         open_cache(),
         compute,
         num_steps=num_steps,
         batch_size=spec["rows"],
         probe_batches=1,
-        base_lr=1e-3,
-        base_wd=1e-2,
+        make_optimizer=partial(uniform_base, lr=1e-3, weight_decay=1e-2),
         schedule=SCHEDULE,
         seed=0,
     )
-    task = make() if workers == 1 else ParallelTask(make, workers, num_steps)
+    task = make() if workers == 1 else ParallelTask(make, workers, group_names(config), lambda group: num_steps)
     task.reset(0, range(together))
-    multipliers = {name: torch.ones(together) for name in ("lr", "weight_decay")}
+    multipliers = {"*": {name: torch.ones(together) for name in ("lr", "weight_decay")}}
     step = 0
 
     def turn() -> None:
         nonlocal step
         for _ in range(0, spec["episodes"], together):
             task.train(step, steps, multipliers)
-            task.probe_loss().cpu()
+            task.observe(["probe_loss"])["probe_loss"].cpu()
         step = (step + steps) % num_steps
 
     return turn
@@ -231,7 +220,7 @@ def case_data(spec: dict, compute: Compute) -> Callable[[], dict]:
 
 def loader_rate(cache: TokenCache, rows: int, T: int, seconds: float, compute: Compute) -> float:
     """Tokens/s of a training loader, once its rows are planned."""
-    loader = DataLoader(cache, "train", rows, T, compute.device)
+    loader = DataLoader(cache, "train", rows, T, compute.device, seed=0)
     for i in range(64):  # these plan the rows
         loader.get(i)
     begin, n = time.perf_counter(), 0

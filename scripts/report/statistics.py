@@ -1,22 +1,24 @@
-"""The report's arithmetic as pure functions: summaries over seeds, paired verdicts, bands, costs.
+"""The report's arithmetic as pure functions: summaries over seeds, paired verdicts, bands for figures, costs.
 
-S seeds, U meta-training updates, K decisions. Of bits per byte, seconds and tokens, less is better.
+S seeds, P policies, K decisions. Of bits per byte, seconds and FLOPs, less is better.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-MIN_SEEDS = 3  # fewer show nothing about a difference
+MIN_SEEDS = 5  # with fewer, no verdict
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation of n values; None where there are too few to have one."""
+    """Mean and sample standard deviation of n values; None where there are too few values."""
 
     mean: float | None
     std: float | None
@@ -34,12 +36,46 @@ def summarize(values: Sequence[float]) -> Summary:
 # one method against another
 
 
+def t_two_sided(t: float, df: int) -> float:
+    """P(|T| < t) for Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(df))
+    cos, sin = math.cos(angle), math.sin(angle)
+    odd = df % 2
+    term, series = (cos, 0.0) if odd else (1.0, 0.0)
+    for i in range(df // 2):  # odd df: cos + 2/3 cos^3 + ...; even df: 1 + 1/2 cos^2 + ...
+        series += term
+        term *= cos * cos * (2 * i + 1 + odd) / (2 * i + 2 + odd)
+    return 2 / math.pi * (angle + sin * series) if odd else sin * series
+
+
+@functools.cache
+def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
+    """The t with P(|T| < t) = `confidence`, by bisection: 2.776 for 4 degrees of freedom and 0.95.
+
+    Raises `ValueError` for df < 1 or a confidence outside (0, 1).
+    """
+    if df < 1 or not 0 < confidence < 1:
+        raise ValueError(f"no t quantile for df {df} and confidence {confidence}")
+    low, high = 0.0, 1.0
+    while t_two_sided(high, df) < confidence:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_two_sided(middle, df) < confidence else (low, middle)
+    return high
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Ours minus theirs over the seeds that both have; `relative` is the difference of the means over their mean."""
+    """Ours minus theirs over the n seeds that both have.
+
+    `difference` and `std` are the mean and the standard deviation of the paired differences, `interval` the 95%
+    interval of their mean by Student's t (None for n < 2), `relative` the difference of the means over their mean.
+    """
 
     difference: float | None
-    standard_error: float | None
+    std: float | None
+    interval: tuple[float, float] | None
     relative: float | None
     n: int
     verdict: str
@@ -50,21 +86,30 @@ def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Compariso
     seeds = sorted(ours.keys() & theirs.keys())
     a, b = np.array([ours[s] for s in seeds]), np.array([theirs[s] for s in seeds])
     with np.errstate(invalid="ignore"):
-        difference = summarize(a - b)
+        d = summarize(a - b)
         relative = relative_change(float(a.mean()), float(b.mean())) if seeds else None
-    error = difference.std / math.sqrt(difference.n) if difference.std is not None else None
-    return Comparison(difference.mean, error, relative, difference.n, verdict(difference.mean, error, difference.n))
+    interval = confidence_interval(d)
+    return Comparison(d.mean, d.std, interval, relative, d.n, verdict(d.mean, interval, d.n))
 
 
-def verdict(difference: float | None, standard_error: float | None, n: int) -> str:
-    """ "better" or "worse" if the paired difference of at least 3 seeds exceeds twice its standard error."""
+def confidence_interval(d: Summary) -> tuple[float, float] | None:
+    """The 95% interval of the mean of n differences; None if n < 2 or a difference is not finite."""
+    if d.std is None or not math.isfinite(d.mean):
+        return None
+    half = t_quantile(d.n - 1) * d.std / math.sqrt(d.n)
+    return d.mean - half, d.mean + half
+
+
+def verdict(difference: float | None, interval: tuple[float, float] | None, n: int) -> str:
+    """ "better" or "worse" if the 95% interval of at least 5 paired differences leaves out 0; "undecided" for fewer."""
     if n == 0:
         return "not measured"
     if not math.isfinite(difference):
         return "diverged"
     if n < MIN_SEEDS:
-        return "too few seeds"
-    if abs(difference) <= 2 * standard_error:
+        return f"undecided, n = {n}"
+    low, high = interval
+    if low <= 0 <= high:
         return "no difference shown"
     return "better" if difference < 0 else "worse"
 
@@ -86,7 +131,7 @@ def mean_curve(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], np.nda
 
 
 def quartiles(values: Sequence[Sequence[float]]) -> np.ndarray:
-    """(U, K) -> (3, K): the 25th percentile, the median and the 75th over the updates."""
+    """(P, K) -> (3, K): the 25th percentile, the median and the 75th over the policies."""
     return np.percentile(np.asarray(values, dtype=np.float64), [25, 50, 75], axis=0)
 
 
@@ -102,3 +147,8 @@ def ratio(part: float | None, whole: float | None) -> float | None:
 def total(values: Sequence[float | None]) -> float | None:
     """The sum; None if there is nothing, or any of it has not been measured."""
     return sum(values) if values and None not in values else None
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None if there is nothing, or any of it has not been measured."""
+    return ratio(total(values), len(values))

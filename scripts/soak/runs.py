@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from jel.controller import OBSERVATIONS, Controller
+from jel import OBSERVATIONS, Controller
 from nanochat.run_log import read_log
 
 TIMEOUT_SECONDS = 300.0  # one process that takes longer counts as hanging

@@ -1,0 +1,54 @@
+"""What a controller may observe, by name, and how a policy reads it.
+
+| observation  | meaning, at the moment of the decision                                          |
+|--------------|---------------------------------------------------------------------------------|
+| `progress`   | t / T in [0, 1): steps taken over steps planned (the paper's only one)          |
+| `step`       | t, steps taken                                                                  |
+| `train_loss` | training loss of the last step taken; NaN before the first                      |
+| `probe_loss` | mean loss over the fixed probe batches; costs the loop a forward pass over them |
+| `grad_norm`  | global L2 norm of the last step's gradient; NaN before the first                |
+
+A feature is a number that a policy reads, made of one observation. Shapes: S features, `...` nothing or E episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from jel.errors import JelError
+
+OBSERVATIONS = frozenset({"progress", "step", "train_loss", "probe_loss", "grad_norm"})
+TINY = 1e-8
+
+
+def _log(value: Tensor) -> Tensor:
+    """Logarithm of what is above 0; 0 where nothing was observed yet."""
+    return torch.where(value > 0, value.clamp_min(TINY).log(), 0.0)
+
+
+# name -> (the observation it is made of, the function)
+FEATURES = {
+    "progress": ("progress", lambda x: x),
+    "log_probe_loss": ("probe_loss", _log),
+    "log_train_loss": ("train_loss", _log),
+    "log_grad_norm": ("grad_norm", _log),
+}
+
+
+def observations_of(features: Sequence[str]) -> frozenset[str]:
+    """The observations that these features are made of. Raises `JelError` for an unknown feature."""
+    if unknown := [name for name in features if not isinstance(name, str) or name not in FEATURES]:
+        raise JelError(f"unknown features {', '.join(map(repr, unknown))}; there are {', '.join(FEATURES)}")
+    return frozenset(FEATURES[name][0] for name in features)
+
+
+def feature_vector(features: Sequence[str], observation: Mapping[str, float | Tensor]) -> Tensor:
+    """Observations, floats or tensors (E,) -> features (S,) or (E, S), float32. NaN reads as 0."""
+    columns = []
+    for name in features:
+        source, function = FEATURES[name]
+        columns.append(function(torch.as_tensor(observation[source], dtype=torch.float32)))
+    return torch.stack(torch.broadcast_tensors(*columns), dim=-1).nan_to_num(0.0)

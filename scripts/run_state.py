@@ -1,0 +1,140 @@
+"""What changes while a run trains, saved and restored as one: on resume, and on going back after a divergence."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from jel import IDENTITY, validate_multipliers
+from nanochat.checkpoint import (
+    CheckpointWriter,
+    check_tensors,
+    load_checkpoint_together,
+    rng_state,
+    set_rng_state,
+    untrusted,
+)
+from nanochat.common import Compute, UserError, print0
+from nanochat.divergence_guard import REACH
+from scripts.runs import check_same_flags, resumable_flags
+
+
+@dataclass
+class Progress:
+    """The numbers of a run: where it is, what it last saw, what it has cost."""
+
+    multipliers: dict = field(default_factory=lambda: IDENTITY)  # hold until the controller's next decision
+    train_loss: float = math.nan  # of the last step taken
+    smooth_loss: float = math.nan  # its exponential average, 0.9
+    grad_norm: float = math.nan  # of the last step taken, if the controller observes it
+    seconds: float = 0.0  # of the steps that were timed
+    timed_steps: int = 0
+    forward_tokens: int = 0  # that only went forward: validation, test and probes
+    decisions: int = 0
+    controller_seconds: float = 0.0
+    returned_to: int = -1  # the step that the controller asked to go back to, where it does not decide again
+
+    def took(self, loss: float) -> None:
+        """A step with this loss was taken."""
+        self.train_loss = loss
+        self.smooth_loss = loss if math.isnan(self.smooth_loss) else 0.9 * self.smooth_loss + 0.1 * loss
+
+    def timed(self, seconds: float, warm_up: bool) -> None:
+        """A step took so long; one that compiled is not counted, and is charged at the mean of the others later."""
+        if not warm_up:
+            self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + 1
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict, group_names: list[str]) -> None:
+        """Raises what a malformed state raises; see `untrusted`."""
+        kinds = {"seconds": float, "controller_seconds": float, "multipliers": dict}
+        for name, mine in asdict(self).items():
+            setattr(self, name, kinds.get(name, type(mine))(state[name]))
+        self.multipliers = {group: {k: float(v) for k, v in own.items()} for group, own in self.multipliers.items()}
+        validate_multipliers(self.multipliers, group_names)
+        if not math.isfinite(self.seconds):
+            raise ValueError(f"its seconds are {self.seconds}")
+
+
+class RunState:
+    """The parts of a run, and their checkpoints under `<folder>/checkpoints`. Saving and loading are collective."""
+
+    def __init__(
+        self, folder: Path, args: argparse.Namespace, may_change: set[str], compute: Compute, keep: int, **parts
+    ):
+        """`parts`: model, optimizer, controller (or None), guard, and the `Progress`."""
+        self.folder, self.args, self.may_change, self.compute = folder / "checkpoints", args, may_change, compute
+        self.model, self.optimizer, self.controller = parts["model"], parts["optimizer"], parts["controller"]
+        self.guard, self.progress = parts["guard"], parts["progress"]
+        self.writer = CheckpointWriter(self.folder, keep) if compute.is_main else None
+
+    def save(self, step: int) -> None:
+        """Save in the background, unless a weight is not finite: broken weights are no way back."""
+        state = {
+            "flags": resumable_flags(self.args, self.may_change),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.controller.state_dict() if self.controller else {},
+            "progress": self.progress.state_dict(),
+            "guard": self.guard.state_dict(),
+            "rng": rng_state(self.compute.device),
+        }
+        if self.writer and all(t.isfinite().all() for t in state["model"].values()):
+            self.writer.save(step, state)
+
+    def resume(self) -> int | None:
+        """Load the newest whole checkpoint; its step, or None if there is none."""
+        found = load_checkpoint_together(self.folder, self.compute)
+        if found is None:
+            return None
+        step, saved = found
+        self._load(saved)
+        with untrusted(f"checkpoint in {self.folder}"):
+            if self.controller:
+                self.controller.load_state_dict(saved["controller"])
+            self.guard.load_state_dict(saved["guard"])
+        print0(f"resumed at step {step} from {self.folder}")
+        return step
+
+    def go_back(self, before: int, controller_too: bool) -> tuple[int, dict]:
+        """Load the newest checkpoint of a step up to `before`, or the oldest if all are later: (step, its multipliers).
+
+        The guard keeps what it has learnt and forgets the losses since. A controller that asked for the return keeps
+        its state (`controller_too` False), or it would ask again.
+        """
+        self.model.zero_grad(set_to_none=True)
+        if self.writer:
+            self.writer.wait()
+        found = load_checkpoint_together(self.folder, self.compute, before)
+        if found is None:
+            raise UserError("the run has no checkpoint to go back to; give --save-every, or lower the learning rates")
+        step, saved = found
+        self._load(saved)
+        with untrusted(f"checkpoint in {self.folder}"):
+            if self.controller and controller_too:
+                self.controller.load_state_dict(saved["controller"])
+            self.guard.rewind(saved["guard"])
+        return step, self.progress.multipliers
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+    def _load(self, saved: dict) -> None:
+        what = f"checkpoint in {self.folder}"
+        with untrusted(what):
+            check_same_flags(saved["flags"], self.args, self.may_change, self.folder.parent)
+            check_tensors(self.model.state_dict(), saved["model"], what)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.progress.load_state_dict(saved["progress"], [g["name"] for g in self.optimizer.param_groups])
+            set_rng_state(saved["rng"], self.compute.device)
+
+
+def checkpoints_to_keep(save_every: int) -> int:
+    """So many that one of them is older than any damage that has not shown yet."""
+    return 2 + REACH // max(1, save_every)
