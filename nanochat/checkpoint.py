@@ -71,10 +71,10 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 
 
 def load_checkpoint(folder: Path, step: int | None = None, before: float = math.inf) -> tuple[int, dict] | None:
-    """`(step, state)` of the newest whole checkpoint of a step up to `before`, else of the oldest; None if there is none.
+    """`(step, state)` of the newest whole checkpoint up to step `before`, else of the oldest; None if there is none.
 
     Damaged ones are skipped, in one printed line. With several ranks, rank 0 chooses and the others ask for its `step`.
-    The tensors are on the CPU. Raises `UserError` if every checkpoint is damaged, or if the `step` asked for is missing or damaged.
+    The tensors are on the CPU. Raises `UserError` if every checkpoint is damaged, or the `step` asked for is missing.
     """
     present, damaged = _checkpoints(Path(folder)), []
     order = [*(s for s in present if s <= before), *sorted(s for s in present if s > before)]

@@ -111,7 +111,7 @@ def init_compute(device_type: str = "") -> Compute:
         device, gpus = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
         if device.index >= gpus:
             raise UserError(
-                f"there are more processes than GPUs on this machine; give torchrun --nproc_per_node {gpus}, or --device-type cpu"
+                f"there are more processes than GPUs here; give torchrun --nproc_per_node {gpus}, or --device-type cpu"
             )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -121,7 +121,7 @@ def init_compute(device_type: str = "") -> Compute:
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun keeps one store over its restarts: without a place of its own a job finds the addresses of the dead one
+        # torchrun keeps one store over its restarts: without a prefix of its own a job finds the dead one's addresses
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size
@@ -130,7 +130,7 @@ def init_compute(device_type: str = "") -> Compute:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed instead of giving it back to the kernel. Does nothing where it is not glibc.
+    """Have the C library keep freed memory instead of giving it back to the kernel. Does nothing where it is not glibc.
 
     By default every tensor of more than some 100 kB is fresh memory from the kernel, which clears it page by page:
     thousands of page faults a step. From here on memory that was once used is used again, and never given back.

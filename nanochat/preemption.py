@@ -35,7 +35,7 @@ class StopRequest:
             if self.compute.is_main:
                 os.write(
                     2,
-                    f"\n{signal.Signals(number).name}: finishing the step, then saving (again: exit at once)\n".encode(),
+                    f"\n{signal.Signals(number).name}: finishing the step, then saving (again: exit now)\n".encode(),
                 )
         elif now >= self._insist_from:
             os._exit(128 + number)

@@ -86,7 +86,8 @@ def check_same_flags(saved, args: argparse.Namespace, may_change: set[str], fold
     if changed:
         listed = ", ".join(f"--{k.replace('_', '-')} {saved.get(k)} -> {now.get(k)}" for k in changed)
         raise UserError(
-            f"{folder} holds a run with other flags ({listed}); give the same flags, another --model-tag, or --resume none"
+            f"{folder} holds a run with other flags ({listed}); "
+            "give the same flags, another --model-tag, or --resume none"
         )
 
 

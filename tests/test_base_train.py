@@ -112,7 +112,7 @@ def test_killed_and_resumed_is_undisturbed(base, train, method):
 
 
 def test_micro_batches_change_nothing(base, train):
-    """Without the scalars: at init the true gradient of x0_lambdas is 0, and AdamW's first step makes its rounding noise large."""
+    """Without the scalars: x0_lambdas' true gradient is 0 at init, and AdamW makes its rounding noise large."""
     for tag, rows in (("whole-batch", "4"), ("micro", "1")):
         assert train(tag, "--device-batch-size", rows, "--scalar-lr", "0").returncode == 0
     a, b = (json.loads((base / "runs" / t / "result.json").read_text()) for t in ("whole-batch", "micro"))

@@ -352,7 +352,8 @@ def test_writer_saves_what_the_tensors_were_and_raises_errors_once(tmp_path, mon
         assert same(load_checkpoint(tmp_path, step=1)[1], small_state(1))
     assert load_checkpoint(tmp_path)[0] == 2
     writer = CheckpointWriter(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=shutil.disk_usage(tmp_path): usage._replace(free=0))
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     for surface in (writer.wait, lambda: writer.save(4, state), writer.close):
         writer.save(3, state)
         with pytest.raises(UserError, match="the disk is full"):
