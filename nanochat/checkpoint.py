@@ -45,7 +45,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> None
 class CheckpointWriter(contextlib.AbstractContextManager):
     """`save_checkpoint` on a background thread: `save` copies the tensors once and returns.
 
-    At most one save is under way. What goes wrong in it is raised by the next `save`, `wait` or `close`.
+    At most one save is under way. An error in it is raised by the next `save`, `wait` or `close`.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -71,10 +71,11 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 
 
 def load_checkpoint(folder: Path, step: int | None = None, before: float = math.inf) -> tuple[int, dict] | None:
-    """`(step, state)` of the newest whole checkpoint up to step `before`, else of the oldest; None if there is none.
+    """The newest whole checkpoint of a step up to `before`, else the oldest: `(step, state)`, or None if there is none.
 
     Damaged ones are skipped, in one printed line. With several ranks, rank 0 chooses and the others ask for its `step`.
-    The tensors are on the CPU. Raises `UserError` if every checkpoint is damaged, or the `step` asked for is missing.
+    The tensors are on the CPU. Raises `UserError` if every checkpoint is damaged, or if the `step` asked for is
+    missing or damaged.
     """
     present, damaged = _checkpoints(Path(folder)), []
     order = [*(s for s in present if s <= before), *sorted(s for s in present if s > before)]
@@ -192,12 +193,12 @@ def _map_leaves(tree, fn, pointer: str = ""):
     }
 
 
-# -- reading: nothing in a file is believed before it is checked ----------------
+# -- reading: a file's contents are checked before they are used ----------------
 
 
 @contextlib.contextmanager
 def untrusted(what: Path | str):
-    """A failure inside is the file's fault: parsers raise many types on hostile input; only `UserError` escapes."""
+    """Turn any failure inside into a `UserError` that names the file: parsers raise many types on hostile input."""
     try:
         yield
     except Exception as e:
@@ -208,7 +209,7 @@ def untrusted(what: Path | str):
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
-    """Path by step, newest first, whole or not. One that made way for a successor that never came counts too."""
+    """Path by step, newest first, whole or not. One that was renamed for a successor never written counts too."""
     found = {}
     with untrusted(folder):
         for name in sorted(os.listdir(folder) if folder.exists() else ()):  # hidden ones first: a visible one wins
@@ -218,7 +219,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def _read(path: Path, step: int | None = None) -> dict:
-    """The state saved at `path`; raises `UserError` if anything at all is wrong with it."""
+    """The state saved at `path`; raises `UserError` if it is damaged."""
     contents = _verify(path, step)
     with untrusted(path):
         tensors = safetensors.torch.load(contents[TENSORS])
@@ -294,7 +295,7 @@ def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], text: byte
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Drop later steps, and all that is older than the newest `keep` whole ones: a damaged fallback is none."""
+    """Remove later steps, and all that is older than the newest `keep` whole ones: a damaged one is no fallback."""
     whole = 0
     for candidate, path in _checkpoints(folder).items():
         if candidate <= step and whole < max(keep, 1):
@@ -307,7 +308,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed save left behind, but bring back a checkpoint that made way for one that never came."""
+    """Remove what a killed save left, but bring back a checkpoint that was renamed for one which was not written."""
     for path in list(folder.glob(".step_*")):
         final = folder / path.name.split(".")[1]
         if ".old-" in path.name and not os.path.lexists(final):

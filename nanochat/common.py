@@ -26,12 +26,14 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, and what to do."""
+    """Something that the user can put right. The message is one line: what is wrong, and what to do."""
 
 
 def run_main(main, *also: type[Exception]) -> None:
-    """Run an entry point and exit. One line on stderr and status 2: a `UserError`, one of `also`, and what the system
-    refuses (no room on the disk, no permission, no memory on the GPU). Ctrl-C: status 130.
+    """Run an entry point, close the process group, and exit with what `main` returns.
+
+    A `UserError`, one of `also`, and what the system refuses (no room on the disk, no permission, no memory on the GPU)
+    end in one line on stderr and status 2; Ctrl-C in status 130.
     """
     ended = False
     try:
@@ -45,9 +47,8 @@ def run_main(main, *also: type[Exception]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     finally:
-        if dist.is_initialized() and (
-            ended or dist.get_backend() != "nccl"
-        ):  # NCCL would wait for ranks that wait for this one
+        # after a failure NCCL would wait for ranks that wait for this one
+        if dist.is_initialized() and (ended or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
     sys.exit(code)
 
@@ -73,7 +74,7 @@ class Compute:
         return self.rank == 0
 
     def autocast(self):
-        """bf16 autocast on CUDA, a null context elsewhere (a CPU without native bf16 is several times slower in it)."""
+        """bf16 autocast on CUDA, nothing elsewhere: a CPU without native bf16 is several times slower in it."""
         return torch.autocast("cuda", dtype=torch.bfloat16) if self.is_cuda else contextlib.nullcontext()
 
     def synchronize(self) -> None:
@@ -111,17 +112,24 @@ def init_compute(device_type: str = "") -> Compute:
         device, gpus = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
         if device.index >= gpus:
             raise UserError(
-                f"there are more processes than GPUs here; give torchrun --nproc_per_node {gpus}, or --device-type cpu"
+                f"there are more processes than GPUs on this machine; give torchrun --nproc_per_node {gpus}, "
+                "or --device-type cpu"
             )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.recompile_limit = 64  # one program per matrix shape, and a sweep of models in one process
+        # one program a matrix shape, and sweeps train models of several shapes in one process
+        torch._dynamo.config.recompile_limit = 64
     else:
         device = torch.device("cpu")
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
+        # Its functions have the default process group as a default argument. Imported after the group is there (the
+        # first optimizer does it, by way of torch._dynamo), they would keep it alive after `destroy_process_group`,
+        # and gloo's threads with it: a process that ends while they run may die of SIGABRT.
+        from torch.distributed.nn import functional  # noqa: F401
+
         store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun keeps one store over its restarts: without a prefix of its own a job finds the dead one's addresses
+        # torchrun keeps one store over its restarts: without a prefix a job would find the addresses of the dead one
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size
@@ -130,10 +138,10 @@ def init_compute(device_type: str = "") -> Compute:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory instead of giving it back to the kernel. Does nothing where it is not glibc.
+    """Have the C library keep freed memory instead of giving it back to the kernel. Does nothing without glibc.
 
-    By default every tensor of more than some 100 kB is fresh memory from the kernel, which clears it page by page:
-    thousands of page faults a step. From here on memory that was once used is used again, and never given back.
+    By default every tensor above about 100 kB is fresh memory from the kernel, which clears it page by page: thousands
+    of page faults a step. After this call memory is used again, and not given back before the process ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -14,6 +14,7 @@ Legend: B rows of a batch on one rank, T tokens of a row, N documents of a shard
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import zipfile
@@ -262,19 +263,29 @@ class DataLoader:
 
     def _start(self, position: int) -> None:
         self._ready, self._stop = queue.Queue(PREFETCH_BATCHES), threading.Event()
-        self._thread = threading.Thread(target=self._prefetch, args=(position,), name="dataloader", daemon=True)
+        self._thread = threading.Thread(target=self._prefetch, args=(position,), name="dataloader")
         self._thread.start()
 
     def _prefetch(self, position: int) -> None:
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # else pinning would create a context on device 0
-            while not self._stop.is_set():
+            while not self._is_over():
                 staged = stage(self._rows.fetch(self._first_row + position * self._micro_rows, self._batch_size))
-                self._ready.put(staged.pin_memory() if self._device.type == "cuda" else staged)
+                self._put(staged.pin_memory() if self._device.type == "cuda" else staged)
                 position += 1
         except BaseException as e:
-            self._ready.put(e)
+            self._put(e)
+
+    def _put(self, item: torch.Tensor | BaseException) -> None:
+        """Wait for room in the queue, unless nobody will take anything out of it any more."""
+        while not self._is_over():
+            with contextlib.suppress(queue.Full):
+                return self._ready.put(item, timeout=0.2)
+
+    def _is_over(self) -> bool:
+        """Closed, or the program ends. A daemon thread would be killed at exit instead, in C++ code with SIGABRT."""
+        return self._stop.is_set() or not threading.main_thread().is_alive()
 
 
 def fixed_batches(

@@ -15,10 +15,8 @@ from statistics import median
 from nanochat.common import UserError
 
 WINDOW = 50  # recent losses that a new one is compared with
-WARMUP = 10  # ... and as many must have been seen before their spread tells anything
-THRESHOLD = (
-    12.0  # spreads above the recent median; assumption: 4.1 was the most in 40 undisturbed runs at smoke and tiny
-)
+WARMUP = 10  # ... and as many must have been seen before their spread means anything
+THRESHOLD = 12.0  # spreads above the recent median; assumption: undisturbed runs at smoke and tiny stayed below 4.1
 FLOOR = 0.05  # ... and this share of it: large batches are so even that a change of topic would pass 12 spreads
 SURGE = 2.0  # before that, a loss this many times the highest of 3 or more (a first step may well double the loss)
 REACH = 5  # a checkpoint so many steps old does not hold the damage yet: it shows within a few steps
@@ -76,7 +74,9 @@ class DivergenceGuard:
         if not self.is_spike(loss):
             self.accept(step, loss)
             return Verdict.TAKE
-        self.count(f"the run diverged at step {step} (loss {loss:.4g})")
+        self.count(
+            f"the run diverged at step {step} (loss {loss:.4g})", "lower the learning rates, or look at the data"
+        )
         # the last step accepted, or the next one if none was: its batch tells whether the weights are sound
         witness = self._accepted if self._accepted >= 0 else step + 1
         if self.is_spike(loss_of(witness)):
@@ -84,19 +84,24 @@ class DivergenceGuard:
         self.skipped.append(step)
         return Verdict.SKIP_SPIKE
 
-    def count(self, what: str) -> None:
-        """One recovery more; raises `UserError` saying `what` happened if it is one too many."""
+    def skip_line(self, step: int, loss: float) -> str:
+        """The line to print about `Verdict.SKIP_SPIKE`."""
+        spike = f"step {step}: loss {loss:.4g} is a spike"
+        return f"{spike}, but the weights do well on the last good batch: its update is skipped"
+
+    def count(self, what: str, advice: str) -> None:
+        """One recovery more. Raises `UserError`, saying `what` happened, and `advice`, if it is one too many."""
         self.tries += 1
         if self.tries > self.max_tries:
             tried = f"after {self.max_tries} recoveries" if self.max_tries else "and --max-recoveries is 0"
-            raise UserError(f"{what} {tried}; lower the learning rates, or look at the data")
+            raise UserError(f"{what} {tried}; {advice}")
 
     def reach(self, step: int) -> int:
         """The newest step to go back to from a spike at `step`: earlier and earlier if the spikes keep coming."""
         return max(0, step - REACH * 2 ** self._in_a_row(step))
 
     def cut(self, step: int, loss: float, now: dict, before: dict) -> str:
-        """The weights are to blame: cap the learning-rate multipliers at half of what they are `now`.
+        """The weights are to blame: cap the learning-rate multipliers at half of `now`, those of the last update.
 
         If spikes keep coming, at a quarter of that, a sixteenth ..., and at what they were `before`, at the checkpoint
         that the run goes back to ({}: not known). One that comes back at the very same step has the update before it

@@ -36,7 +36,10 @@ def base_hparams(
     final_lr_frac: float,
     final_wd_frac: float,
 ) -> list[dict]:
-    """`{"lr", "weight_decay"}` per param group at this step, from each group's `initial_lr` and `initial_wd`."""
+    """`{"lr", "weight_decay"}` per param group at this step, from each group's `initial_lr` and `initial_wd`.
+
+    For a group of kind "muon" also "momentum". Nothing is written: that is the hook's part.
+    """
     lr = lr_factor(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac)
     wd = wd_factor(step, num_iterations, final_wd_frac)
     momentum = muon_momentum(step, num_iterations)

@@ -1,4 +1,4 @@
-"""Stopping a run in order: SIGTERM, SIGUSR1 and Ctrl-C ask for a stop after the step; a second one ends it at once."""
+"""Stopping a run in order: SIGTERM, SIGUSR1 and Ctrl-C ask for a stop after the step, a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ECHO = 5.0  # seconds
 class StopRequest:
     """Installs the handlers; `requested()` says, the same on all ranks, whether to save and leave after this step.
 
-    A scheduler may signal every process of a job, and torchrun then passes on what it got itself: under torchrun, what
-    follows the first signal within `ECHO` is taken for its echo and does not count as a second one.
+    A scheduler may signal every process of a job, and torchrun passes its own signal on to the ranks. So under torchrun
+    a signal that comes within `ECHO` of the first one is taken for the same request, not for a second one.
     """
 
     def __init__(self, compute: Compute):
@@ -33,10 +33,8 @@ class StopRequest:
             self.signal_number = number
             self._insist_from = now + (ECHO if "TORCHELASTIC_RUN_ID" in os.environ else 0.0)
             if self.compute.is_main:
-                os.write(
-                    2,
-                    f"\n{signal.Signals(number).name}: finishing the step, then saving (again: exit now)\n".encode(),
-                )
+                line = f"{signal.Signals(number).name}: finishing the step, then saving (again: exit at once)"
+                os.write(2, f"\n{line}\n".encode())  # printing is not safe in a signal handler
         elif now >= self._insist_from:
             os._exit(128 + number)
 

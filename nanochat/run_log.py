@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -14,28 +13,20 @@ from pathlib import Path
 import torch
 
 from nanochat.common import Compute, UserError
-from nanochat.files import write_json
+from nanochat.files import atomic_file, write_json
 
 
 def environment_record(compute: Compute) -> dict:
     """The command, versions, git commit and device of this process, for `config.json`."""
+    describe, folder = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
     try:
-        commit = (
-            subprocess.run(
-                ["git", "describe", "--always", "--dirty"],
-                cwd=Path(__file__).parent,
-                text=True,
-                capture_output=True,
-                timeout=10,
-            ).stdout.strip()
-            or None
-        )
+        commit = subprocess.run(describe, cwd=folder, text=True, capture_output=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
     name = torch.cuda.get_device_name(compute.device) if compute.is_cuda else platform.processor() or platform.machine()
     script = getattr(
         sys.modules["__main__"].__spec__, "name", None
-    )  # as `python -m` was told; a path would be this machine's
+    )  # the module's name: a path has no meaning elsewhere
     command = ["python", "-m", script, *sys.argv[1:]] if script else [Path(sys.argv[0]).name, *sys.argv[1:]]
     return {
         "command": command,
@@ -57,7 +48,7 @@ class NullLogger:
 
 
 def wandb_logger(name: str, config: dict, project: str = "nanochat"):
-    """A wandb run called `name`, or a `NullLogger` for `""` and `"dummy"` (off)."""
+    """A wandb run called `name`, or a `NullLogger` for `""` and `"dummy"` (off). Raises `UserError` without wandb."""
     if name in ("", "dummy"):
         return NullLogger()
     try:
@@ -114,9 +105,8 @@ class RunLog:
             for r in read_log(self.folder)
             if (r["recovery"] <= recoveries if "recovery" in r else r["step"] < step)
         ]
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text("".join(lines))
-        os.replace(temporary, self._path)
+        with atomic_file(self._path) as f:
+            f.write("".join(lines).encode())
 
     def finish(self, **result) -> None:
         if self.active:
@@ -126,7 +116,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The records of `log.jsonl`, up to the first line that is none: a killed run may leave a torn one at the end."""
+    """The records of `log.jsonl`, up to the first malformed line: a killed run may leave half a line at the end."""
     path, records = Path(folder) / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
@@ -146,7 +136,7 @@ class Stopwatch:
         self.total, self.start, self.skip, self.t0 = total, done, skip, None
 
     def tick(self, done: int) -> float | None:
-        """Call after each step; returns seconds left, or None while there is nothing to tell."""
+        """Call after each step; returns seconds left, or None while they are not known yet."""
         if self.t0 is None:
             if done - self.start >= self.skip:
                 self.t0, self.start = time.perf_counter(), done

@@ -1,4 +1,4 @@
-"""One training step."""
+"""The training step: the one function that trains, for `scripts.base_train` and for the episodes of a meta-training."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def train_step(
     compute: Compute,
     accept: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
+    """Forward and backward over the micro-batches of a step, then the optimizer's update.
+
+    batches: (inputs, targets) of one size, each (B, T) or, with a batch of their own for each run, (R, B, T).
+    `forward(inputs, targets)` gives the mean loss, () for one model or (R,) for a batched one, whose runs do not
+    influence each other. The hyperparameters are in the param groups before the call.
+
+    `accept(loss)`, if given, sees the mean loss over the micro-batches, detached, with the gradients of this rank in
+    `.grad`, and says whether the update is taken. Gradients stay in `.grad` until the next call, where the optimizer
+    may have averaged some of them over the ranks. Returns the mean loss, () or (R,).
+    """
     optimizer.zero_grad(set_to_none=True)
     total = None
     for inputs, targets in batches:
@@ -23,7 +33,7 @@ def train_step(
             loss = forward(inputs, targets)
         (loss.sum() / len(batches)).backward()
         total = loss.detach() if total is None else total + loss.detach()
-    total = total / len(batches)
-    if accept is None or accept(total):
+    loss = total / len(batches)
+    if accept is None or accept(loss):
         optimizer.step()
-    return total
+    return loss

@@ -16,6 +16,7 @@ import time
 import torch
 
 from jel import Controller, Decision, JelError, apply_multipliers, as_decision, load_controller
+from jel.knobs import LARGEST
 from nanochat.checkpoint import save_weights
 from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
 from nanochat.dataloader import DataLoader
@@ -30,16 +31,12 @@ from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.train_step import train_step
-from scripts.evaluation import Evaluator, UpdateJudge, global_grad_norm
-from scripts.hparams import HPARAM_RANGES, add_hparam_flags, tuned_settings
+from scripts.evaluation import Evaluator, UpdateJudge
+from scripts.hparams import HPARAM_NAMES, add_hparam_flags, tuned_settings
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.run_state import Progress, RunState, checkpoints_to_keep
-from scripts.runs import LARGEST, check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
+from scripts.run_state import Cost, Progress, RunState, checkpoints_to_keep
+from scripts.runs import check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
 from scripts.training_log import TrainingLog
-
-SKIPPED = (
-    "step {step}: loss {loss:.4g} is a spike, but the weights do well on the last good batch: its update is skipped"
-)
 
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
@@ -89,7 +86,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--decision-interval", type=int, default=50, help="steps between the controller's decisions")
     # evaluation, saving, logging
     flag("--eval-every", type=int, default=50, help="steps between validations; 0 or -1 = only at the end")
-    flag("--eval-tokens", type=int, default=20 * 524288)
+    flag("--eval-tokens", type=int, default=20 * 524288, help="read at each validation")
     flag("--test-tokens", type=int, default=20 * 524288, help="read once, at the end; 0 = the test split is not read")
     flag("--sample-tokens", type=int, default=64, help="tokens of sample text at the end; 0 = none")
     flag("--save-every", type=int, default=100, help="steps between checkpoints; 0 = none")
@@ -97,7 +94,7 @@ def flags() -> argparse.ArgumentParser:
         "--max-recoveries",
         type=int,
         default=8,
-        help="divergences to recover from (skip a bad batch, or go back and lower the rates) before giving up; 0 = off",
+        help="times to skip a bad batch or to go back to a checkpoint before giving up; 0 = stop at the first",
     )
     flag(
         "--resume",
@@ -160,68 +157,69 @@ def main() -> int:
     order = {"rows_per_step": args.total_batch_size // args.max_seq_len, "seed": derive_seed(args.seed, "data")}
     where = compute.device, compute.rank, compute.world_size
     loader = DataLoader(cache, "train", args.device_batch_size, args.max_seq_len, *where, **order)
-    evaluator = Evaluator(args, forward, optimizer, cache, tokenizer, compute)
+    cost = Cost()
+    evaluator = Evaluator(args, forward, optimizer, cache, tokenizer, compute, cost)
 
     # -------------------------------------------------------------------------
-    # what changes from here on, and resuming it
+    # what changes while the run trains, and resuming it
 
     if controller and args.decision_interval > num_iterations:
         print0(f"warning: a decision every {args.decision_interval} steps: the controller decides once, at the start")
     guard, progress = DivergenceGuard(args.max_recoveries), Progress()
-    parts = {"model": model, "optimizer": optimizer, "controller": controller, "guard": guard, "progress": progress}
+    parts = {"model": model, "optimizer": optimizer, "controller": controller}
+    parts |= {"guard": guard, "progress": progress, "cost": cost}
     state = RunState(folder, args, MAY_CHANGE, compute, checkpoints_to_keep(args.save_every), **parts)
     resumed = state.resume() if args.resume == "auto" else None
     if resumed is None and args.save_every:
         state.save(0)  # so that there is always something to go back to
     record = {"flags": vars(args), "model": vars(config), "parameters": model.num_params(), "data": corpus_record(data)}
     record |= {"tokenizer": tokenizer.fingerprint, "num_iterations": num_iterations}
-    log = TrainingLog(folder, record, compute, resume_step=resumed, recoveries=guard.tries, wandb_name=args.run)
-    log.num_iterations, log.batch_tokens = num_iterations, args.total_batch_size
-    log.flops_per_token = model.flops_per_token()
+    size = num_iterations, args.total_batch_size, model.flops_per_token()
+    log = TrainingLog(*size, folder, record, compute, resumed, recoveries=guard.tries, wandb_name=args.run)
 
     # -------------------------------------------------------------------------
     # loop
 
-    step, first = resumed or 0, resumed or 0
-    watch, judge = Stopwatch(num_iterations, done=step), UpdateJudge(guard, model, evaluator, loader, compute)
+    step, spent = resumed or 0, cost.steps  # `spent` before this process
+    watch = Stopwatch(num_iterations, done=step)
+    observes_norm = controller is not None and "grad_norm" in controller.observes
+    judge = UpdateJudge(guard, model, evaluator, loader, progress, observes_norm)
     while step < num_iterations:
         if args.eval_every > 0 and step % args.eval_every == 0:
-            log.validation(step, evaluator.bits_per_byte("val", progress))
+            log.evaluated(step, val_bpb=evaluator.bits_per_byte("val"))
         compute.synchronize()
         t0 = time.perf_counter()
+        go_back, held = None, guard.limit(progress.multipliers)  # `held` in the last step
 
         # ---- the hook: base schedule, controller, param groups ----
         base = base_hparams(groups, step, num_iterations, **schedule)
         if controller and step % args.decision_interval == 0 and step != progress.returned_to:
-            decision = decide(controller, step / num_iterations, step, evaluator, progress)
-            progress.multipliers = decision.multipliers
-            if decision.go_back is not None:
-                guard.count(f"the controller asked at step {step} to go back")
-                back, _ = state.go_back(max(0, step - decision.go_back), controller_too=False)
-                progress.multipliers, progress.returned_to = decision.multipliers, back
-                log.returned(step, back, "the controller asked to go back", guard.tries)
-                step, watch = back, Stopwatch(num_iterations, done=back)
-                continue
+            decision = decide(controller, step, num_iterations, progress, evaluator)
+            progress.multipliers, go_back = decision.multipliers, decision.go_back
         multipliers = guard.limit(progress.multipliers)
         apply_multipliers(groups, base, multipliers)
         # ---- end of the hook ----
 
+        if go_back is not None:
+            guard.count(f"step {step}: the controller asks to go back,", "allow more, or use another controller")
+            decided, (back, _) = progress.multipliers, state.go_back(max(0, step - go_back), controller_too=False)
+            progress.multipliers, progress.returned_to = decided, back
+            log.returned(step, back, f"step {step}: the controller asks to go back {go_back} steps", guard.tries)
+            step, watch = back, Stopwatch(num_iterations, done=back)
+            continue
+
         judge.step = step
         train_step(forward, optimizer, [loader.get(step, i) for i in range(accumulation)], compute, accept=judge)
+        compute.synchronize()
+        seconds = time.perf_counter() - t0
+        cost.add_step(seconds, warm_up=forward is not model and cost.steps - spent < 2)
         if judge.verdict is Verdict.GO_BACK:
             back, before = state.go_back(guard.reach(step), controller_too=True)
-            log.returned(step, back, guard.cut(step, judge.loss, multipliers, before), guard.tries)
+            log.returned(step, back, guard.cut(step, judge.loss, held, before), guard.tries)
             step, watch = back, Stopwatch(num_iterations, done=back)
             continue
         if judge.verdict is Verdict.SKIP_SPIKE:
-            log.event(step, SKIPPED.format(step=step, loss=judge.loss), guard.tries)
-        if judge.verdict is Verdict.TAKE:
-            progress.took(judge.loss)
-            if controller and "grad_norm" in controller.observes and (step + 1) % args.decision_interval == 0:
-                progress.grad_norm = global_grad_norm(model, compute)
-        compute.synchronize()
-        seconds = time.perf_counter() - t0
-        progress.timed(seconds, warm_up=compute.is_cuda and step - first < 2)
+            log.event(step, guard.skip_line(step, judge.loss), guard.tries)
         log.step(step, judge.loss, progress, multipliers, seconds, watch.tick(step + 1))
 
         step += 1
@@ -237,9 +235,8 @@ def main() -> int:
     # -------------------------------------------------------------------------
     # done
 
-    val_bpb = evaluator.bits_per_byte("val", progress)
-    log.validation(num_iterations, val_bpb)
-    test_bpb = evaluator.bits_per_byte("test", progress) if args.test_tokens else None
+    val_bpb = evaluator.bits_per_byte("val")
+    log.evaluated(num_iterations, val_bpb=val_bpb)
     state.close()
     loader.close()
     with evaluator.weights_to_evaluate():
@@ -247,17 +244,15 @@ def main() -> int:
             about = {"model": vars(config), "tokenizer": tokenizer.fingerprint}
             save_weights(folder / "model.safetensors", model.state_dict(), about)
             print_sample(args, model, tokenizer)
-    cost = run_cost(args, progress, num_iterations, model, compute)
-    log.finish(
-        val_bpb=val_bpb,
-        test_bpb=test_bpb,
-        train_loss=progress.smooth_loss,
-        recoveries=guard.tries,
-        **cost,
-        flags=resumable_flags(args, MAY_CHANGE),
-    )
-    print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(cost['seconds'])} of training; see {folder}")
-    compute.barrier()  # gloo aborts in a rank that tears down after another has gone
+    result = {"val_bpb": val_bpb, "test_bpb": None, "train_loss": progress.smooth_loss}
+    if args.test_tokens:  # read once, when nothing is left to choose
+        result["test_bpb"] = evaluator.bits_per_byte("test")
+        log.evaluated(num_iterations, test_bpb=result["test_bpb"])
+    result |= cost.total(args.total_batch_size, model.flops_per_token(), compute)
+    result |= {"steps": num_iterations, "tokens": num_iterations * args.total_batch_size, "recoveries": guard.tries}
+    log.finish(**result, flags=resumable_flags(args, MAY_CHANGE))
+    print0(f"done: val_bpb {val_bpb:.4f}, {format_seconds(result['seconds'])} of training; see {folder}")
+    compute.barrier()  # no rank closes its connections while another still needs them
     return 0
 
 
@@ -341,40 +336,26 @@ def build_optimizer(args: argparse.Namespace, model: GPT, compute: Compute):
 
 
 # -----------------------------------------------------------------------------
-# deciding
+# deciding, sampling
 
 
-def decide(controller: Controller, done: float, step: int, evaluator: Evaluator, progress: Progress) -> Decision:
-    """Show the controller what it declared that it observes, and nothing else."""
+def decide(controller: Controller, step: int, steps: int, progress: Progress, evaluator: Evaluator) -> Decision:
+    """Ask the controller, showing it what it declared that it observes and nothing else."""
     t0 = time.perf_counter()
     observations = {
-        "progress": lambda: done,
+        "progress": lambda: step / steps,
         "step": lambda: step,
         "train_loss": lambda: progress.train_loss,
         "grad_norm": lambda: progress.grad_norm,
-        "probe_loss": lambda: evaluator.probe_loss(progress),
+        "probe_loss": evaluator.probe_loss,
     }
-    # in one order on all ranks, for some are collective
-    observation = {name: float(observations[name]()) for name in sorted(controller.observes)}
-    decision = as_decision(controller.decide(observation))
-    progress.decisions += 1
-    progress.controller_seconds += time.perf_counter() - t0
+    # sorted: some are collective, so all ranks must measure them in one order
+    decision = as_decision(
+        controller.decide({name: float(observations[name]()) for name in sorted(controller.observes)})
+    )
+    evaluator.cost.decisions += 1
+    evaluator.cost.controller_seconds += time.perf_counter() - t0
     return decision
-
-
-def run_cost(args: argparse.Namespace, progress: Progress, steps: int, model: GPT, compute: Compute) -> dict:
-    """What the run has cost. Seconds are those of training steps; operations include every pass forward."""
-    tokens = steps * args.total_batch_size
-    seconds = progress.seconds / max(1, progress.timed_steps) * steps
-    return {
-        "seconds": seconds,
-        "core_seconds": seconds * compute.world_size * (1 if compute.is_cuda else torch.get_num_threads()),
-        "flops": model.flops_per_token() * (tokens + progress.forward_tokens / 3),  # forward: a third of a step's
-        "steps": steps,
-        "tokens": tokens,
-        "decisions": progress.decisions,
-        "controller_seconds": progress.controller_seconds,
-    }
 
 
 def print_sample(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> None:
@@ -388,24 +369,20 @@ def print_sample(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> 
 # checks
 
 
+NOT_NEGATIVE = [
+    *HPARAM_NAMES,
+    *"final_lr_frac sf_lr sf_wd sf_warmup eval_tokens test_tokens sample_tokens save_every max_recoveries".split(),
+]
+
+
 def check_flags(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a number with which nothing can be trained."""
     check_model(args)
     check_numbers(
         args,
         {
             (1, LARGEST): ["max_seq_len", "device_batch_size", "total_batch_size", "decision_interval"],
-            (0, LARGEST): [
-                *HPARAM_RANGES,
-                "final_lr_frac",
-                "sf_lr",
-                "sf_wd",
-                "sf_warmup",
-                "eval_tokens",
-                "test_tokens",
-                "sample_tokens",
-                "save_every",
-                "max_recoveries",
-            ],
+            (0, LARGEST): NOT_NEGATIVE,
             (0, 1): ["warmup_ratio", "warmdown_ratio"],
             (0, 0.9999): ["adam_beta1", "adam_beta2", "sf_beta2"],
             (0.01, 0.9999): ["sf_beta1"],  # eval() divides by it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-HPARAM_RANGES = ["embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "base_lr", "base_wd"]
+HPARAM_NAMES = ["embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "base_lr", "base_wd"]
 
 
 def add_hparam_flags(parser: argparse.ArgumentParser, default: str) -> None:

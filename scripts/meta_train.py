@@ -45,7 +45,7 @@ from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
-from scripts.hparams import HPARAM_RANGES, add_hparam_flags, tuned_settings
+from scripts.hparams import HPARAM_NAMES, add_hparam_flags, tuned_settings
 from scripts.presets import RECIPES, add_preset_flag, parse_with_preset
 from scripts.runs import (
     LARGEST,
@@ -193,7 +193,7 @@ def main() -> int:
                 "save_every",
             ],
             (0, LARGEST): [
-                *HPARAM_RANGES,
+                *HPARAM_NAMES,
                 "final_lr_frac",
                 "gradient_penalty",
                 "smoothness_penalty",

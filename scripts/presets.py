@@ -5,7 +5,11 @@ list only what differs, per script. `--preset auto` is `paper` with a GPU and `t
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -90,8 +94,33 @@ def add_preset_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_preset(name: str) -> str:
-    """`auto` -> `paper` if torch sees a GPU, else `tiny`."""
-    return name if name != "auto" else "paper" if torch.cuda.is_available() else "tiny"
+    """`auto` -> `paper` with a GPU, else `tiny`. Raises `UserError` if there is a GPU that torch does not see."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "paper"
+    if evidence := gpu_evidence():
+        raise UserError(
+            f"this machine has a GPU ({evidence}), but torch {torch.__version__} does not see it; "
+            "install a CUDA build of torch, or give --preset tiny to train on the CPU"
+        )
+    return "tiny"
+
+
+def gpu_evidence() -> str | None:
+    """What says that this machine has an NVIDIA GPU that this process may use, or None."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # set by the user or a scheduler: empty or -1 means no GPU
+        return None if visible.strip() in ("", "-1", "NoDevFiles") else f"CUDA_VISIBLE_DEVICES is {visible}"
+    if Path("/dev/nvidia0").exists():
+        return "/dev/nvidia0 exists"
+    if tool := shutil.which("nvidia-smi"):
+        try:
+            listed = subprocess.run([tool, "--list-gpus"], capture_output=True, text=True, timeout=30).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return "nvidia-smi lists one" if "GPU " in listed else None
+    return None
 
 
 def parse_with_preset(

@@ -1,4 +1,4 @@
-"""What changes while a run trains, saved and restored as one: on resume, and on going back after a divergence."""
+"""What changes while a run trains, saved and restored as one: on resume, and on going back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import torch
 
 from jel import IDENTITY, validate_multipliers
 from nanochat.checkpoint import (
@@ -23,17 +25,12 @@ from scripts.runs import check_same_flags, resumable_flags
 
 @dataclass
 class Progress:
-    """The numbers of a run: where it is, what it last saw, what it has cost."""
+    """What a run holds and last saw. Going back to a checkpoint restores it."""
 
     multipliers: dict = field(default_factory=lambda: IDENTITY)  # hold until the controller's next decision
     train_loss: float = math.nan  # of the last step taken
     smooth_loss: float = math.nan  # its exponential average, 0.9
     grad_norm: float = math.nan  # of the last step taken, if the controller observes it
-    seconds: float = 0.0  # of the steps that were timed
-    timed_steps: int = 0
-    forward_tokens: int = 0  # that only went forward: validation, test and probes
-    decisions: int = 0
-    controller_seconds: float = 0.0
     returned_to: int = -1  # the step that the controller asked to go back to, where it does not decide again
 
     def took(self, loss: float) -> None:
@@ -41,23 +38,56 @@ class Progress:
         self.train_loss = loss
         self.smooth_loss = loss if math.isnan(self.smooth_loss) else 0.9 * self.smooth_loss + 0.1 * loss
 
-    def timed(self, seconds: float, warm_up: bool) -> None:
-        """A step took so long; one that compiled is not counted, and is charged at the mean of the others later."""
-        if not warm_up:
-            self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + 1
-
-    def state_dict(self) -> dict:
-        return asdict(self)
-
     def load_state_dict(self, state: dict, group_names: list[str]) -> None:
         """Raises what a malformed state raises; see `untrusted`."""
-        kinds = {"seconds": float, "controller_seconds": float, "multipliers": dict}
-        for name, mine in asdict(self).items():
-            setattr(self, name, kinds.get(name, type(mine))(state[name]))
-        self.multipliers = {group: {k: float(v) for k, v in own.items()} for group, own in self.multipliers.items()}
+        for name in ("train_loss", "smooth_loss", "grad_norm"):
+            setattr(self, name, float(state[name]))
+        self.returned_to = int(state["returned_to"])
+        self.multipliers = {g: {k: float(v) for k, v in own.items()} for g, own in state["multipliers"].items()}
         validate_multipliers(self.multipliers, group_names)
-        if not math.isfinite(self.seconds):
-            raise ValueError(f"its seconds are {self.seconds}")
+
+
+@dataclass
+class Cost:
+    """What a run has spent. Steps that it went back over were spent too: only a resume restores it."""
+
+    steps: int = 0  # forward and backward, whether the update was taken or not
+    timed_steps: int = 0  # without those that compiled
+    seconds: float = 0.0  # of the timed steps
+    warm_up_seconds: float = 0.0  # of the others
+    forward_tokens: int = 0  # that only went forward: validation, test, probes, a second look at a batch
+    decisions: int = 0
+    controller_seconds: float = 0.0
+
+    def add_step(self, seconds: float, warm_up: bool) -> None:
+        """A step took so long. One that compiled (`warm_up`) is charged at the mean of the others."""
+        self.steps += 1
+        if warm_up:
+            self.warm_up_seconds += seconds
+        else:
+            self.timed_steps, self.seconds = self.timed_steps + 1, self.seconds + seconds
+
+    def total(self, batch_tokens: int, flops_per_token: float, compute: Compute) -> dict[str, float]:
+        """Seconds of training steps, core-seconds, operations (a forward pass: a third of a step), decisions."""
+        seconds = self.warm_up_seconds
+        if self.timed_steps:
+            seconds = self.seconds + (self.steps - self.timed_steps) * self.seconds / self.timed_steps
+        cores = compute.world_size * (1 if compute.is_cuda else torch.get_num_threads())
+        return {
+            "seconds": seconds,
+            "core_seconds": seconds * cores,
+            "flops": flops_per_token * (self.steps * batch_tokens + self.forward_tokens / 3),
+            "decisions": self.decisions,
+            "controller_seconds": self.controller_seconds,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises what a malformed state raises, and ValueError for a number that cannot be a cost."""
+        for name, mine in asdict(self).items():
+            value = type(mine)(state[name])
+            if not 0 <= value < math.inf:
+                raise ValueError(f"its {name} is {value}")
+            setattr(self, name, value)
 
 
 class RunState:
@@ -66,10 +96,10 @@ class RunState:
     def __init__(
         self, folder: Path, args: argparse.Namespace, may_change: set[str], compute: Compute, keep: int, **parts
     ):
-        """`parts`: model, optimizer, controller (or None), guard, and the `Progress`."""
+        """`keep`: checkpoints to keep. `parts`: model, optimizer, controller (or None), guard, progress and cost."""
         self.folder, self.args, self.may_change, self.compute = folder / "checkpoints", args, may_change, compute
         self.model, self.optimizer, self.controller = parts["model"], parts["optimizer"], parts["controller"]
-        self.guard, self.progress = parts["guard"], parts["progress"]
+        self.guard, self.progress, self.cost = parts["guard"], parts["progress"], parts["cost"]
         self.writer = CheckpointWriter(self.folder, keep) if compute.is_main else None
 
     def save(self, step: int) -> None:
@@ -79,7 +109,8 @@ class RunState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict() if self.controller else {},
-            "progress": self.progress.state_dict(),
+            "progress": asdict(self.progress),
+            "cost": asdict(self.cost),
             "guard": self.guard.state_dict(),
             "rng": rng_state(self.compute.device),
         }
@@ -97,14 +128,16 @@ class RunState:
             if self.controller:
                 self.controller.load_state_dict(saved["controller"])
             self.guard.load_state_dict(saved["guard"])
+            self.cost.load_state_dict(saved["cost"])
         print0(f"resumed at step {step} from {self.folder}")
         return step
 
     def go_back(self, before: int, controller_too: bool) -> tuple[int, dict]:
-        """Load the newest checkpoint of a step up to `before`, or the oldest if all are later: (step, its multipliers).
+        """Load the newest checkpoint of a step up to `before`, or the oldest if all are later.
 
-        The guard keeps what it has learnt and forgets the losses since. A controller that asked for the return keeps
-        its state (`controller_too` False), or it would ask again.
+        Returns its step and its multipliers; {} at step 0, before the first decision. The guard keeps what it has
+        learnt and forgets the losses since. A controller that asked for the return keeps its state (`controller_too`
+        False), or it would ask again. Raises `UserError` if there is no checkpoint.
         """
         self.model.zero_grad(set_to_none=True)
         if self.writer:
@@ -118,9 +151,10 @@ class RunState:
             if self.controller and controller_too:
                 self.controller.load_state_dict(saved["controller"])
             self.guard.rewind(saved["guard"])
-        return step, self.progress.multipliers
+        return step, self.progress.multipliers if step else {}
 
     def close(self) -> None:
+        """Wait for a checkpoint under way; raises what went wrong in it."""
         if self.writer:
             self.writer.close()
 
@@ -136,5 +170,5 @@ class RunState:
 
 
 def checkpoints_to_keep(save_every: int) -> int:
-    """So many that one of them is older than any damage that has not shown yet."""
+    """Enough for one of them to be older than any damage that has not shown yet."""
     return 2 + REACH // max(1, save_every)

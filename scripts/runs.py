@@ -6,15 +6,13 @@ import argparse
 import fcntl
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import IO
 
+from jel.knobs import LARGEST
 from nanochat.common import Compute, UserError, base_dir, print0
 from nanochat.files import read_json
 from nanochat.gpt import VE_GATE_CHANNELS, GPTConfig
-
-LARGEST = sys.float_info.max  # inf is above it
 
 
 def run_folder(tag: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a training run prints and logs: a line a step, a line a validation, a line an event."""
+"""What a training run prints and logs: a line for every step, evaluation and event."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from scripts.run_state import Progress
 class TrainingLog(RunLog):
     """A `RunLog` of a run of `num_iterations` steps of `batch_tokens` tokens, `flops_per_token` operations each."""
 
-    num_iterations: int
-    batch_tokens: int
-    flops_per_token: float
+    def __init__(self, num_iterations: int, batch_tokens: int, flops_per_token: float, *args, **options):
+        """`args` and `options` are those of `RunLog`."""
+        super().__init__(*args, **options)
+        self.num_iterations, self.batch_tokens = num_iterations, batch_tokens
+        self.flops_per_token = flops_per_token
 
-    def validation(self, step: int, val_bpb: float) -> None:
-        print0(f"step {step:05d}/{self.num_iterations:05d} | val_bpb {val_bpb:.4f}")
-        self.log(step=step, val_bpb=val_bpb)
+    def evaluated(self, step: int, **bpb: float) -> None:
+        """Bits per byte after `step` steps, by name: `val_bpb` or `test_bpb`."""
+        shown = " | ".join(f"{name} {value:.4f}" for name, value in bpb.items())
+        print0(f"step {step:05d}/{self.num_iterations:05d} | {shown}")
+        self.log(step=step, **bpb)
 
     def event(self, step: int, line: str, recoveries: int) -> None:
+        """Something happened at `step` that makes `recoveries` so far."""
         self.log(step=step, event=line, recovery=recoveries)
         print0(line)
 
@@ -30,6 +35,7 @@ class TrainingLog(RunLog):
     def step(
         self, step: int, loss: float, progress: Progress, multipliers: dict, seconds: float, left: float | None
     ) -> None:
+        """A step was made in so many seconds; so many are `left`."""
         tokens_per_second = self.batch_tokens / seconds
         shown = multipliers.get("*", {})
         print0(

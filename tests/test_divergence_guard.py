@@ -1,4 +1,4 @@
-"""A run outlives NaNs, a thousandfold learning rate and poisoned batches, and learns from them exactly once."""
+"""A run recovers from NaNs, a thousandfold learning rate and poisoned batches, or because its controller asks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jel import IDENTITY
-from jel.controller import Controller
+from jel.controller import Controller, Decision
 from nanochat.common import UserError
 from nanochat.dataloader import DataLoader
 from nanochat.divergence_guard import REACH, WARMUP, WINDOW, DivergenceGuard
 from nanochat.gpt import GPT
 from scripts import base_train
+from scripts.training_log import TrainingLog
 
 STEPS, SAVE_EVERY = 60, 10
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -78,14 +79,14 @@ def test_no_finite_loss_is_a_spike_when_it_is_off():
     guard = seen([3.0] * WINDOW + [300.0], max_tries=0)
     assert guard.is_spike(math.nan)
     with pytest.raises(UserError, match=r"the run diverged at step 7 \(loss nan\) and --max-recoveries is 0"):
-        guard.count("the run diverged at step 7 (loss nan)")
+        guard.count("the run diverged at step 7 (loss nan)", "stop")
 
 
 def test_it_gives_up_after_the_stated_tries():
     guard = DivergenceGuard(2)
-    guard.count("the run diverged at step 3 (loss 9)"), guard.count("the run diverged at step 4 (loss 9)")
-    with pytest.raises(UserError, match="step 5 .* after 2 recoveries"):
-        guard.count("the run diverged at step 5 (loss 9)")
+    guard.count("a spike at step 3", "stop"), guard.count("a spike at step 4", "stop")
+    with pytest.raises(UserError, match="a spike at step 5 after 2 recoveries; lower the rates"):
+        guard.count("a spike at step 5", "lower the rates")
 
 
 @settings(max_examples=60, deadline=None)
@@ -138,13 +139,6 @@ def test_spikes_in_a_row_are_answered_more_and_more_carefully():
 # runs
 
 
-class Half(Controller):
-    """Half the learning rates throughout."""
-
-    def decide(self, observation):
-        return {"*": {"lr": 0.5}}
-
-
 class Leap(Controller):
     """A learning rate a thousandfold, at step 23 or from there on."""
 
@@ -156,6 +150,48 @@ class Leap(Controller):
 
 class LeapAndStay(Leap):
     last = math.inf
+
+
+class Halved(Controller):
+    """Half the learning rate from a step on: what a run does that has gone back there after a divergence."""
+
+    observes, first = frozenset({"step"}), 0
+
+    def decide(self, observation):
+        return {"*": {"lr": 0.5 if observation["step"] >= self.first else 1.0, "weight_decay": 1.0}}
+
+
+class HalvedLater(Halved):
+    first = 10
+
+
+class Returns(Controller):
+    """At step 27 it asks, once, to go back 8 steps, and halves the learning rate there. It counts its decisions."""
+
+    observes = frozenset({"step", "train_loss", "grad_norm"})
+
+    def __init__(self):
+        self.steps, self.gone_back = [], False
+
+    def decide(self, observation):
+        self.steps.append(observation["step"])
+        if observation["step"] == 27 and not self.gone_back:
+            self.gone_back = True
+            return Decision({"*": {"lr": 0.5}}, go_back=8)
+        return {"*": {"lr": 0.5 if self.gone_back else 1.0}}
+
+    def state_dict(self):
+        return {"steps": self.steps, "gone_back": self.gone_back}
+
+    def load_state_dict(self, state):
+        self.steps, self.gone_back = list(state["steps"]), state["gone_back"]
+
+
+class Insists(Controller):
+    observes = frozenset({"step"})
+
+    def decide(self, observation):
+        return Decision({"*": {"lr": 1.0}}, go_back=0 if observation["step"] >= 12 else None)
 
 
 class Killed(BaseException):
@@ -255,6 +291,21 @@ def undisturbed(base, train):
     return result["val_bpb"]
 
 
+def weights(base, tag):
+    return safetensors.torch.load_file(base / "runs" / "recovery" / tag / "model.safetensors")
+
+
+def assert_same_weights(base, a, b):
+    a, b = weights(base, a), weights(base, b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def timeless(base, tag):
+    """The run's log without times, as text (NaN is not equal to NaN)."""
+    lines = (base / "runs" / "recovery" / tag / "log.jsonl").read_text().splitlines()
+    return [repr({k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")}) for line in lines]
+
+
 def break_weights(model, loss):
     with torch.no_grad():
         model.lm_head.weight[3] = math.nan
@@ -266,25 +317,86 @@ def break_gradient(model, loss):
     return loss
 
 
+@pytest.mark.parametrize("step, back, twin", [(23, 10, "HalvedLater"), (3, 0, "Halved")])
+def test_broken_weights_are_replaced_and_the_rates_halved(base, train, disturb, step, back, twin):
+    """From the checkpoint on it is, bit for bit, the run that a controller halves there."""
+    assert train("halved", "--controller", f"tests.test_divergence_guard:{twin}") == 0
+    disturb([2 * step], break_weights)
+    assert train("nan") == 0
+    result, events, _ = left(base, "nan")
+    assert events == [
+        f"step {step}: loss nan is a divergence: learning-rate multipliers are capped at 0.5; "
+        f"back from step {step} to step {back}"
+    ]
+    assert result["recoveries"] == 1
+    assert_same_weights(base, "halved", "nan")
+    halved = left(base, "halved")[0]  # what was spent on the way is counted: the lost steps, and one look at a batch
+    step_flops = halved["flops"] / (STEPS + 1024 / 256 / 3 * 2)
+    assert result["flops"] - halved["flops"] == pytest.approx(step_flops * (step + 1 - back + 1 / 3), rel=1e-6)
+
+
 @pytest.mark.parametrize(
-    "do, at, words",
+    "at, words",
     [
-        (break_weights, [46], ["step 23: loss nan is a divergence: learning-rate multipliers are capped at 0.5"]),
-        (break_weights, [6], ["step 3: loss nan is a divergence"]),  # there is nothing older than the start
-        (break_gradient, [46], ["step 23: loss nan is a spike, but the weights do well on the last good batch"]),
-        (break_gradient, [0, 20], ["step 0: loss nan is a spike", "step 10: loss nan is a spike"]),
+        ([46], ["step 23: loss nan is a spike, but the weights do well on the last good batch"]),
+        ([0, 20], ["step 0: loss nan is a spike", "step 10: loss nan is a spike"]),
     ],
 )
-def test_nan_in_weights_or_gradients(base, train, undisturbed, disturb, do, at, words):
-    disturb(at, do)
+def test_broken_gradients_are_skipped(base, train, undisturbed, disturb, at, words):
+    disturb(at, break_gradient)
     assert train("nan") == 0
     result, events, _ = left(base, "nan")
     assert len(events) == len(words) and all(event.startswith(word) for event, word in zip(events, words)), events
-    if at == [6]:  # back at the start, it is a run at half the rates from there on
-        assert train("half", "--controller", "tests.test_divergence_guard:Half") == 0
-        assert result["val_bpb"] == pytest.approx(left(base, "half")[0]["val_bpb"], rel=1e-6)
-    else:
-        assert result["val_bpb"] < undisturbed + 0.15
+    assert result["val_bpb"] < undisturbed + 0.15 and result["recoveries"] == len(words)
+
+
+def test_the_cap_is_half_of_what_did_the_damage(base, train):
+    """A thousandfold rate at step 23 breaks the weights; it shows at step 24, where the controller is back at 1."""
+    assert train("leap", "--controller", "tests.test_divergence_guard:Leap") == 0
+    assert "step 24: " in left(base, "leap")[1][0] and "capped at 500;" in left(base, "leap")[1][0]
+
+
+def test_a_controller_goes_back_once(base, train):
+    """Back to step 10, the newest checkpoint 8 steps old: from there on it is the run that is halved at step 10."""
+    assert train("halved", "--controller", "tests.test_divergence_guard:HalvedLater") == 0
+    assert train("returns", "--controller", "tests.test_divergence_guard:Returns") == 0
+    result, events, losses = left(base, "returns")
+    halved = left(base, "halved")
+    assert events == ["step 27: the controller asks to go back 8 steps; back from step 27 to step 10"]
+    assert result["recoveries"] == 1 and result["steps"] == STEPS and losses == halved[2]
+    assert_same_weights(base, "halved", "returns")
+    assert result["decisions"] == STEPS - 1 + 28 - 10  # steps 10 to 27 came twice, but step 10 was decided at step 27
+
+
+def test_killed_after_a_controller_went_back_and_resumed(base, train, monkeypatch):
+    flags = ("--controller", "tests.test_divergence_guard:Returns", "--resume", "auto")
+    assert train("returned", *flags) == 0
+    get, deaths = DataLoader.get, [15, 26, 13, 22, 41]  # 13: it has gone back, and nothing is saved since
+
+    def deadly(self, step, micro_step=0):
+        if deaths and step == deaths[0] and self._rows.split == "train" and torch.is_grad_enabled():
+            if step != 13 or train.back:
+                deaths.pop(0)
+                raise Killed
+        return get(self, step, micro_step)
+
+    rewind = TrainingLog.rewind
+    monkeypatch.setattr(TrainingLog, "rewind", lambda self, step: (setattr(train, "back", True), rewind(self, step)))
+    monkeypatch.setattr(DataLoader, "get", deadly)
+    train.back = False
+    while deaths:
+        with pytest.raises(Killed):
+            train("torn-return", *flags)
+    assert train("torn-return", *flags) == 0
+    assert_same_weights(base, "returned", "torn-return")
+    assert timeless(base, "returned") == timeless(base, "torn-return")
+    whole, torn = (left(base, tag)[0] for tag in ("returned", "torn-return"))
+    assert all(whole[key] == torn[key] for key in ("recoveries", "decisions", "flops", "val_bpb", "test_bpb"))
+
+
+def test_a_controller_that_goes_back_too_often_is_stopped(train):
+    with pytest.raises(UserError, match="step 12: the controller asks to go back, after 2 recoveries; allow more"):
+        train("insists", "--controller", "tests.test_divergence_guard:Insists", "--max-recoveries", "2")
 
 
 @pytest.mark.parametrize("controller", ["Leap", "LeapAndStay"])
@@ -351,14 +463,6 @@ def test_killed_after_a_recovery_and_resumed_is_undisturbed(base, train, poison,
             train(f"torn-{save_every}", *flags)
     assert train(f"torn-{save_every}", *flags) == 0
 
-    folders = [base / "runs" / "recovery" / f"{name}-{save_every}" for name in ("whole", "torn")]
-    whole, torn = (safetensors.torch.load_file(folder / "model.safetensors") for folder in folders)
-    assert all(torch.equal(whole[name], torn[name]) for name in whole)
-    logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")}
-            for line in (folder / "log.jsonl").read_text().splitlines()
-        ]
-        for folder in folders
-    ]
-    assert repr(logs[0]) == repr(logs[1]) and sum("event" in record for record in logs[0]) >= 3  # repr: NaN is not NaN
+    assert_same_weights(base, f"whole-{save_every}", f"torn-{save_every}")
+    logs = [timeless(base, f"{name}-{save_every}") for name in ("whole", "torn")]
+    assert logs[0] == logs[1] and sum("'event'" in record for record in logs[0]) >= 3
