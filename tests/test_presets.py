@@ -68,7 +68,7 @@ def test_auto_is_tiny_without_a_gpu_and_paper_with_one(monkeypatch):
 
 
 def test_the_paper_preset_is_table_2():
-    a = presets.parse_with_preset(meta_train.flags(), "meta_train", ["--preset", "paper"])
+    a = presets.parse_with_preset(meta_train.flags(), "meta_train", ["--preset", "paper", "--recipe", "paper"])
     assert (a.policy_hidden, a.policy_lr, a.initial_log_std, a.action_range) == (64, 3e-4, -0.5, 100)
     assert (a.gamma, a.clip, a.entropy_coef, a.ppo_epochs, a.minibatch_size) == (0.99, 0.2, 0.0, 4, 64)
     assert (a.decision_interval, a.num_iterations, a.updates, a.episodes) == (50, 561, 50, 8)
