@@ -11,6 +11,7 @@ result.json.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from functools import partial
@@ -18,6 +19,7 @@ from functools import partial
 import torch
 
 from jel.errors import JelError
+from jel.features import FEATURES
 from jel.learn.advantages import RETURNS
 from jel.learn.env import decision_steps
 from jel.learn.exploration import Exploration
@@ -107,6 +109,8 @@ def flags() -> argparse.ArgumentParser:
     flag("--smoothness-penalty", type=float, default=0.0, help="lambda_s")
     flag("--nan-penalty", type=float, help="what an episode that blows up loses; default: its starting loss")
     # policy and its update
+    what = "what the policy observes, see jel/features.py"
+    flag("--features", nargs="+", choices=list(FEATURES), default=["progress"], metavar="NAME", help=what)
     flag("--policy-hidden", type=int, default=64)
     flag("--initial-log-std", type=float, default=-0.5)
     flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")
@@ -280,6 +284,7 @@ def main() -> int:
         action_range=args.action_range,
         corrections=CORRECTIONS if args.corrections == "groups" else {},
         correction_range=args.correction_range,
+        features=tuple(args.features),
         hidden=args.policy_hidden,
         initial_log_std=args.initial_log_std,
         policy_lr=args.policy_lr,
@@ -352,15 +357,9 @@ def main() -> int:
         except Interrupted:
             break
         seconds += time.perf_counter() - t0
-        records.append({key: record[key] for key in ("entropy", "return_mean")})
+        records.append({key: math.nan if record[key] is None else record[key] for key in ("entropy", "return_mean")})
         log.log(**record)
-        lr, wd = (record["multipliers"]["*"][key] for key in ("lr", "weight_decay"))
-        shown = lambda values: "/".join(f"{values[i]:.3g}" for i in (0, len(values) // 2, -1))
-        print0(
-            f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} "
-            f"best {record['return_best']:.4f} | entropy {record['entropy']:.3f} | lr x{shown(lr)} wd x{shown(wd)} | "
-            f"episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(watch.tick(trainer.updates))}"
-        )
+        print_update(record, trainer.updates, args, watch.tick(trainer.updates))
         if record["episodes_alive"] < args.episodes:
             print0(f"  {args.episodes - record['episodes_alive']} of {args.episodes} episodes blew up")
         if trainer.updates % args.save_every == 0 and trainer.updates < args.updates:
@@ -419,6 +418,22 @@ def workers_for(given: int, compute: Compute) -> int:
             f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, and torchrun uses several"
         )
     return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
+
+
+def print_update(record: dict, done: int, args: argparse.Namespace, left: float | None) -> None:
+    """One line an update; a policy that observes more than progress has no multipliers to show beforehand."""
+    shown = ""
+    if everywhere := record["multipliers"].get("*"):
+        lr, wd = everywhere["lr"], everywhere["weight_decay"]
+        ends = [f"{x[0]:.3g}/{x[len(x) // 2]:.3g}/{x[-1]:.3g}" for x in (lr, wd)]
+        shown = f"lr x{ends[0]} wd x{ends[1]} | "
+        own = {g: m["lr"][0] for g, m in record["multipliers"].items() if g != "*"}
+        shown += "".join(f"{g} x{m:.3g} " for g, m in own.items()) + ("| " if own else "")
+    mean, best = (math.nan if record[key] is None else record[key] for key in ("return_mean", "return_best"))
+    print0(
+        f"update {done:03d}/{args.updates:03d} | return {mean:.4f} best {best:.4f} | entropy {record['entropy']:.3f} | "
+        f"{shown}episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(left)}"
+    )
 
 
 def same_length(num_steps: int, group: int) -> int:
