@@ -1,4 +1,4 @@
-"""Exploration noise and the recipes: what is standard normal stays so; pairs cancel; corrections stay low-dimensional."""
+"""Exploration noise and the recipes: each decision stays standard normal; pairs cancel; corrections are few knobs."""
 
 from __future__ import annotations
 

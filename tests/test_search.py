@@ -1,4 +1,4 @@
-"""Search beside learning: the same episodes and knobs; it finds the better constant; a resume asks the same questions."""
+"""Search beside learning: the same episodes and knobs; it finds a better constant; a resume asks the same."""
 
 from __future__ import annotations
 
