@@ -64,7 +64,10 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """idx (B, T) -> (B, T, C); with runs idx (R, B, T) and weight (R, V, C) -> (R, B, T, C)."""
+    """idx (B, T) -> (B, T, C); with runs idx (R, B, T) and weight (R, V, C) -> (R, B, T, C).
+
+    The table stays in fp32 and what is read is cast under autocast: in bf16 most updates at a rate of 1e-3 round away.
+    """
 
     def __init__(self, lead: tuple[int, ...], n_rows: int, width: int):
         super().__init__()
@@ -72,9 +75,13 @@ class Embedding(nn.Module):
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         if self.weight.dim() == 2:
-            return F.embedding(idx, self.weight)
-        R, V, _ = self.weight.shape
-        return F.embedding(idx + torch.arange(0, R * V, V, device=idx.device).view(R, 1, 1), self.weight.flatten(0, 1))
+            rows = F.embedding(idx, self.weight)
+        else:
+            R, V, _ = self.weight.shape
+            first = torch.arange(0, R * V, V, device=idx.device).view(R, 1, 1)
+            rows = F.embedding(idx + first, self.weight.flatten(0, 1))
+        device = idx.device.type
+        return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
 
 
 class Attention(nn.Module):
@@ -222,9 +229,6 @@ class GPT(nn.Module):
         for embed in self.value_embeds.values():
             fill(embed.weight, std, uniform)
         self.fill_rotary()
-        if self.device.type == "cuda":  # embeddings are read, never multiplied: bf16 halves their traffic
-            for embed in (self.transformer.wte, *self.value_embeds.values()):
-                embed.to(torch.bfloat16)
 
     def fill_rotary(self) -> None:
         """Fill the rotary tables (fp32, base 10000), which no state dict holds; `init_weights` calls this."""

@@ -11,7 +11,6 @@ Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, mod
 from __future__ import annotations
 
 import argparse
-import math
 import time
 
 import torch
@@ -33,6 +32,7 @@ from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.train_step import train_step
 from scripts.evaluation import Evaluator, UpdateJudge
+from scripts.hparams import HPARAM_NAMES, add_hparam_flags, tuned_settings
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.run_state import Cost, Progress, RunState, checkpoints_to_keep
 from scripts.runs import check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
@@ -63,29 +63,8 @@ def flags() -> argparse.ArgumentParser:
     flag("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-param-data-ratio")
     flag("--target-param-data-ratio", type=float, default=4.0, help="training tokens per parameter")
     flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank")
-    flag("--total-batch-size", type=int, default=524288, help="tokens per optimizer step, over all ranks")
     # hyperparameters
-    flag(
-        "--hparams",
-        choices=["hand-tuned", "uniform"],
-        default="hand-tuned",
-        help="per-group rates, or one for all (--base-lr, --base-wd)",
-    )
-    flag("--embedding-lr", type=float, default=0.3)
-    flag("--unembedding-lr", type=float, default=0.004)
-    flag("--matrix-lr", type=float, default=0.02)
-    flag("--scalar-lr", type=float, default=0.5)
-    flag("--weight-decay", type=float, default=0.2, help="Muon's, at depth 12; scaled by (12 / depth)^2")
-    flag("--adam-beta1", type=float, default=0.8)
-    flag("--adam-beta2", type=float, default=0.95)
-    flag(
-        "--lr-batch-rule",
-        choices=["sqrt", "none"],
-        default="sqrt",
-        help="hand-tuned rates x sqrt(batch tokens / 2^19), or as they are",
-    )
-    flag("--base-lr", type=float, default=1e-3, help="--hparams uniform: every group's rate")
-    flag("--base-wd", type=float, default=1e-2, help="--hparams uniform: every group's weight decay")
+    add_hparam_flags(parser, "hand-tuned")
     flag("--warmup-ratio", type=float, default=0.0)
     flag("--warmdown-ratio", type=float, default=0.4)
     flag("--final-lr-frac", type=float, default=0.0)
@@ -324,17 +303,7 @@ def derive_length(args: argparse.Namespace, n_params: int, world_size: int) -> t
 
 def build_optimizer(args: argparse.Namespace, model: GPT, compute: Compute):
     """(optimizer, base schedule): every group with its base values, `initial_lr` and `initial_wd`."""
-    batch_scale = math.sqrt(args.total_batch_size / 2**19) if args.lr_batch_rule == "sqrt" else 1.0
-    optimizer = model.setup_optimizer(
-        unembedding_lr=args.unembedding_lr * batch_scale,
-        embedding_lr=args.embedding_lr * batch_scale,
-        matrix_lr=args.matrix_lr * batch_scale,
-        scalar_lr=args.scalar_lr * batch_scale,
-        weight_decay=args.weight_decay * (12 / args.depth) ** 2,
-        adam_betas=(args.adam_beta1, args.adam_beta2),
-        rank=compute.rank,
-        world_size=compute.world_size,
-    )
+    optimizer = model.setup_optimizer(**tuned_settings(args), rank=compute.rank, world_size=compute.world_size)
     if args.hparams == "uniform":
         for group in optimizer.param_groups:
             group["initial_lr"], group["initial_wd"] = args.base_lr, args.base_wd
@@ -400,10 +369,10 @@ def print_sample(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> 
 # checks
 
 
-NOT_NEGATIVE = (
-    "embedding_lr unembedding_lr matrix_lr scalar_lr weight_decay base_lr base_wd final_lr_frac sf_lr sf_wd sf_warmup "
-    "eval_tokens test_tokens sample_tokens save_every max_recoveries"
-).split()
+NOT_NEGATIVE = [
+    *HPARAM_NAMES,
+    *"final_lr_frac sf_lr sf_wd sf_warmup eval_tokens test_tokens sample_tokens save_every max_recoveries".split(),
+]
 
 
 def check_flags(args: argparse.Namespace) -> None:

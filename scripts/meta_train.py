@@ -11,6 +11,7 @@ result.json.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from functools import partial
@@ -18,12 +19,26 @@ from functools import partial
 import torch
 
 from jel.errors import JelError
+from jel.features import FEATURES
+from jel.learn.advantages import RETURNS
 from jel.learn.env import decision_steps
+from jel.learn.exploration import Exploration
+from jel.learn.meta import MetaTrainer
 from jel.learn.rollout import Interrupted, RewardConfig
+from jel.learn.search import SEARCHES, SearchTrainer
 from jel.learn.workers import ParallelTask
 from jel.policy import save_policy
 from jel.recipes.jel import ADVANTAGES, JelRecipe
-from jel.tasks.pretrain import PretrainTask, episode_bytes, episode_flops, free_bytes, group_names, uniform_base
+from jel.tasks.pretrain import (
+    CORRECTIONS,
+    PretrainTask,
+    episode_bytes,
+    episode_flops,
+    free_bytes,
+    group_names,
+    tuned_base,
+    uniform_base,
+)
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
 from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
 from nanochat.dataset import corpus_record, resolve_data
@@ -32,7 +47,8 @@ from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
-from scripts.presets import add_preset_flag, parse_with_preset
+from scripts.hparams import HPARAM_NAMES, add_hparam_flags, tuned_settings
+from scripts.presets import RECIPES, add_preset_flag, parse_with_preset
 from scripts.runs import (
     LARGEST,
     check_model,
@@ -52,6 +68,13 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     add_preset_flag(parser)
+    flag(
+        "--recipe",
+        choices=list(RECIPES),
+        default="jel",
+        help="paper: Table 2; jel: per-group control, see docs/design.md",
+    )
+    flag("--method", choices=["jel", *SEARCHES], default="jel", help="jel: learn; others: search for constants instead")
     # the model that is trained, and its data
     flag("--depth", type=int, default=6, help="layers; width and heads follow from it")
     flag("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
@@ -69,8 +92,8 @@ def flags() -> argparse.ArgumentParser:
         help="rows per step and episode; x --episode-seq-len = 4,096 tokens",
     )
     flag("--decision-interval", type=int, default=50, help="steps")
-    flag("--base-lr", type=float, default=1e-3, help="every group's rate before the multiplier")
-    flag("--base-wd", type=float, default=1e-2, help="every group's weight decay before the multiplier")
+    # the base that multipliers act on: that of the run they are for
+    add_hparam_flags(parser, "uniform")
     flag("--warmup-ratio", type=float, default=0.0)
     flag("--warmdown-ratio", type=float, default=0.4)
     flag("--final-lr-frac", type=float, default=0.0)
@@ -86,9 +109,15 @@ def flags() -> argparse.ArgumentParser:
     flag("--smoothness-penalty", type=float, default=0.0, help="lambda_s")
     flag("--nan-penalty", type=float, help="what an episode that blows up loses; default: its starting loss")
     # policy and its update
+    what = "what the policy observes, see jel/features.py"
+    flag("--features", nargs="+", choices=list(FEATURES), default=["progress"], metavar="NAME", help=what)
     flag("--policy-hidden", type=int, default=64)
     flag("--initial-log-std", type=float, default=-0.5)
     flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")
+    flag("--corrections", choices=["none", "groups"], default="none", help="groups: corrections of the learning rate")
+    flag("--correction-range", type=float, default=10.0, help="corrections lie in [1 / this, this]")
+    flag("--noise-correlation", type=float, default=0.0, help="of the exploration noise from decision to decision")
+    flag("--antithetic", type=int, choices=[0, 1], default=0, help="1: episodes in pairs of opposite noise")
     flag("--updates", type=int, default=50)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
     flag(
@@ -104,6 +133,8 @@ def flags() -> argparse.ArgumentParser:
         help="processes that share them on a CPU, a thread each; 1 = this one, with all threads; -1 = one a core",
     )
     flag("--policy-lr", type=float, default=3e-4)
+    flag("--policy-lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the end")
+    flag("--returns", choices=list(RETURNS), default="reward-to-go", help="total: one for all decisions of an episode")
     flag("--gamma", type=float, default=0.99)
     flag("--clip", type=float, default=0.2)
     flag("--ppo-epochs", type=int, default=4)
@@ -130,6 +161,11 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
+SEEDS = {
+    "policy": "policy",
+    "shuffle": "minibatches",
+    "action": "actions",
+}  # of the trainer: the names they derive from
 MAY_CHANGE = {
     "resume",
     "run",
@@ -161,8 +197,7 @@ def main() -> int:
                 "save_every",
             ],
             (0, LARGEST): [
-                "base_lr",
-                "base_wd",
+                *HPARAM_NAMES,
                 "final_lr_frac",
                 "gradient_penalty",
                 "smoothness_penalty",
@@ -171,7 +206,7 @@ def main() -> int:
                 "clip",
                 "entropy_coef",
             ],
-            (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma"],
+            (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma", "noise_correlation"],
         },
     )
     if args.decision_interval > args.num_iterations:
@@ -220,6 +255,10 @@ def main() -> int:
         f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in "
         f"{workers} process{'es' * (workers > 1)} (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
     )
+    if args.hparams == "uniform":
+        make_base = partial(uniform_base, lr=args.base_lr, weight_decay=args.base_wd)
+    else:
+        make_base = partial(tuned_base, **tuned_settings(args))
     make_task = partial(
         PretrainTask,
         config,
@@ -228,7 +267,7 @@ def main() -> int:
         num_steps=args.num_iterations,
         batch_size=args.episode_batch_size,
         probe_batches=args.probe_batches,
-        make_optimizer=partial(uniform_base, lr=args.base_lr, weight_decay=args.base_wd),
+        make_optimizer=make_base,
         schedule=schedule,
         seed=args.seed,
         shared=args.episode_starts == "shared",
@@ -243,29 +282,33 @@ def main() -> int:
 
     recipe = JelRecipe(
         action_range=args.action_range,
+        corrections=CORRECTIONS if args.corrections == "groups" else {},
+        correction_range=args.correction_range,
+        features=tuple(args.features),
         hidden=args.policy_hidden,
         initial_log_std=args.initial_log_std,
         policy_lr=args.policy_lr,
+        policy_lr_schedule=args.policy_lr_schedule,
+        updates=args.updates,
         gamma=args.gamma,
         clip=args.clip,
         epochs=args.ppo_epochs,
         minibatch_size=args.minibatch_size,
         entropy_coef=args.entropy_coef,
+        returns=args.returns,
         advantages=args.advantages,
+        exploration=Exploration(args.noise_correlation, bool(args.antithetic)),
         episodes=args.episodes,
         decision_interval=args.decision_interval,
         reward=RewardConfig(args.gradient_penalty, args.smoothness_penalty, args.nan_penalty),
     )
-    trainer = recipe.trainer(
-        task,
-        policy_seed=derive_seed(args.seed, "policy"),
-        shuffle_seed=derive_seed(args.seed, "minibatches"),
-        action_seed=derive_seed(args.seed, "actions"),
-        chunk=chunk,
-        rank=compute.rank,
-        world_size=compute.world_size,
-        stop_requested=stop.requested,
-    )
+    where = {"rank": compute.rank, "world_size": compute.world_size, "stop_requested": stop.requested}
+    trainer: MetaTrainer | SearchTrainer
+    if args.method == "jel":
+        seeds = {f"{name}_seed": derive_seed(args.seed, names) for name, names in SEEDS.items()}
+        trainer = recipe.trainer(task, chunk=chunk, **seeds, **where)
+    else:
+        trainer = recipe.searcher(args.method, task, derive_seed(args.seed, "search"), chunk, **where)
 
     # -------------------------------------------------------------------------
     # resume
@@ -314,15 +357,9 @@ def main() -> int:
         except Interrupted:
             break
         seconds += time.perf_counter() - t0
-        records.append({key: record[key] for key in ("entropy", "return_mean")})
+        records.append({key: math.nan if record[key] is None else record[key] for key in ("entropy", "return_mean")})
         log.log(**record)
-        lr, wd = (record["multipliers"]["*"][key] for key in ("lr", "weight_decay"))
-        shown = lambda values: "/".join(f"{values[i]:.3g}" for i in (0, len(values) // 2, -1))
-        print0(
-            f"update {trainer.updates:03d}/{args.updates:03d} | return {record['return_mean']:.4f} "
-            f"best {record['return_best']:.4f} | entropy {record['entropy']:.3f} | lr x{shown(lr)} wd x{shown(wd)} | "
-            f"episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(watch.tick(trainer.updates))}"
-        )
+        print_update(record, trainer.updates, args, watch.tick(trainer.updates))
         if record["episodes_alive"] < args.episodes:
             print0(f"  {args.episodes - record['episodes_alive']} of {args.episodes} episodes blew up")
         if trainer.updates % args.save_every == 0 and trainer.updates < args.updates:
@@ -381,6 +418,22 @@ def workers_for(given: int, compute: Compute) -> int:
             f"--episode-workers {given} is for a CPU; on a GPU the episodes are one program, and torchrun uses several"
         )
     return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
+
+
+def print_update(record: dict, done: int, args: argparse.Namespace, left: float | None) -> None:
+    """One line an update; a policy that observes more than progress has no multipliers to show beforehand."""
+    shown = ""
+    if everywhere := record["multipliers"].get("*"):
+        lr, wd = everywhere["lr"], everywhere["weight_decay"]
+        ends = [f"{x[0]:.3g}/{x[len(x) // 2]:.3g}/{x[-1]:.3g}" for x in (lr, wd)]
+        shown = f"lr x{ends[0]} wd x{ends[1]} | "
+        own = {g: m["lr"][0] for g, m in record["multipliers"].items() if g != "*"}
+        shown += "".join(f"{g} x{m:.3g} " for g, m in own.items()) + ("| " if own else "")
+    mean, best = (math.nan if record[key] is None else record[key] for key in ("return_mean", "return_best"))
+    print0(
+        f"update {done:03d}/{args.updates:03d} | return {mean:.4f} best {best:.4f} | entropy {record['entropy']:.3f} | "
+        f"{shown}episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(left)}"
+    )
 
 
 def same_length(num_steps: int, group: int) -> int:

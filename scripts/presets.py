@@ -13,13 +13,17 @@ from pathlib import Path
 
 import torch
 
+from jel.recipes.jel import PER_GROUP
 from nanochat.common import UserError, run_main
 
 _TINY = {"depth": 2, "aspect_ratio": 32, "head_dim": 32, "tokenizer": "tiny", "data": "embedded"}
 _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", "data": "embedded"}
 
+# What --recipe changes in meta_train's defaults, which are the paper's, before a preset does.
+RECIPES: dict[str, dict] = {"jel": PER_GROUP, "paper": {}}
+
 PRESETS: dict[str, dict[str, dict]] = {
-    "paper": {},
+    "paper": {"meta_train --recipe jel": {"policy_lr": 1e-2, "updates": 20}},  # assumption: not run
     "tiny": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
@@ -41,12 +45,14 @@ PRESETS: dict[str, dict[str, dict]] = {
             "decision_interval": 15,
             "episode_seq_len": 64,
             "episode_batch_size": 8,
-            "policy_lr": 3e-3,
-            "updates": 10,
+            "lr_batch_rule": "none",
+            "total_batch_size": 2048,
         },
+        "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
+        "meta_train --recipe jel": {"policy_lr": 1e-2, "updates": 12},
     },
     "smoke": {
-        "sweep": {"seeds": [42], "settings": 3},
+        "sweep": {"seeds": [42], "settings": 2},
         "tok_train": {"data": "embedded", "vocab_size": 320, "name": "smoke"},
         "base_train": {
             **_SMOKE,
@@ -68,6 +74,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             "decision_interval": 4,
             "episode_seq_len": 32,
             "episode_batch_size": 2,
+            "lr_batch_rule": "none",
+            "total_batch_size": 256,
             "updates": 3,
             "episodes": 4,
             "save_every": 1,
@@ -121,7 +129,9 @@ def parse_with_preset(
     """Parse flags over the preset's defaults for `script`; a flag that is given wins. A preset's key must be a flag."""
     known = parser.parse_known_args(argv)[0]
     preset = resolve_preset(known.preset)
-    values = PRESETS[preset].get(script, {})
+    values = dict(PRESETS[preset].get(script, {}))
+    if recipe := getattr(known, "recipe", None):
+        values |= RECIPES[recipe] | PRESETS[preset].get(f"{script} --recipe {recipe}", {})
     unknown = set(values) - {a.dest for a in parser._actions}
     if unknown:
         raise UserError(f"preset {preset} sets {sorted(unknown)}, which are no flags of {script}")

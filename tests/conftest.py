@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Three small shards of real text: this project's own sources."""
+    """Three small shards of real text: the project's sources."""
     folder = tmp_path_factory.mktemp("corpus")
     text = "\n".join(p.read_text() for p in sorted(ROOT.glob("nanochat/*.py")))
     documents = [text[i : i + 400] for i in range(0, 120_000, 400)]

@@ -54,12 +54,12 @@ def same(a: GaussianPolicy, b: GaussianPolicy) -> bool:
 
 
 class QuadraticTask:
-    """Gradient descent on a quadratic from a random start: the probe loss is the quadratic itself."""
+    """Gradient descent on a quadratic from a random start: the probe loss is the quadratic itself, above `floor`."""
 
     groups = ("x",)
 
-    def __init__(self, steps: int = 23):
-        self.steps = steps
+    def __init__(self, steps: int = 23, floor: float = 0.0):
+        self.steps, self.floor = steps, floor
         self.slots: dict[int, torch.Tensor] = {}
 
     def num_steps(self, group):
@@ -75,7 +75,11 @@ class QuadraticTask:
             self.x = self.x - 0.02 * own["lr"] * self.x - 0.001 * own["weight_decay"]
 
     def observe(self, names):
-        known = {"probe_loss": self.x.square(), "train_loss": self.x.square() / 2, "grad_norm": self.x.abs()}
+        known = {
+            "probe_loss": self.x.square() + self.floor,
+            "train_loss": self.x.square() / 2,
+            "grad_norm": self.x.abs(),
+        }
         return {name: known[name] for name in names}
 
     def save(self, slot, episodes):

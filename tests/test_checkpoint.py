@@ -146,7 +146,7 @@ def test_rng_goes_on_identically_in_a_fresh_process(tmp_path):
     assert eval(out) == [eval(draw) for _ in range(3)]
 
 
-def test_rng_of_cuda_is_kept_or_its_absence_told(monkeypatch, capsys):
+def test_rng_of_cuda_is_kept_or_its_absence_printed(monkeypatch, capsys):
     cuda, calls = torch.device("cuda", 1), []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: device)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: calls.append(args))
@@ -272,13 +272,13 @@ def test_random_corruption_is_skipped_or_refused(blows):
 
 
 @pytest.mark.parametrize("fault", ["killed", "broken disk"])
-def test_save_stopped_at_any_moment_harms_nothing(tmp_path, monkeypatch, fault):
+def test_save_stopped_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, fault):
     write, seen, new = safetensors.torch.save_file, count(), {"new": torch.ones(3)}
     moments = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "tensors", "fsync"}
     monkeypatch.setattr(os, "fsync", lambda handle: sys.audit("fsync"))
     monkeypatch.setattr(safetensors.torch, "save_file", lambda *args: (sys.audit("tensors"), write(*args)))
 
-    def stop(event, args):  # an audit hook is told of each access to the file system just before it happens
+    def stop(event, args):  # an audit hook is called just before each access to the file system
         if event in moments and next(seen) == moment:
             if fault == "killed":
                 os._exit(1)
@@ -352,8 +352,8 @@ def test_writer_saves_what_the_tensors_were_and_raises_errors_once(tmp_path, mon
         assert same(load_checkpoint(tmp_path, step=1)[1], small_state(1))
     assert load_checkpoint(tmp_path)[0] == 2
     writer = CheckpointWriter(tmp_path)
-    full = shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     for surface in (writer.wait, lambda: writer.save(4, state), writer.close):
         writer.save(3, state)
         with pytest.raises(UserError, match="the disk is full"):

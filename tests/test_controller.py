@@ -21,19 +21,18 @@ import torch
 from jel import (
     OBSERVATIONS,
     Controller,
-    GaussianPolicy,
+    Decision,
     JelError,
+    Knob,
     NullController,
     PolicyController,
     ScheduleController,
     apply_multipliers,
+    as_decision,
     export_schedule,
-    load_controller,
-    load_schedule,
-    save_policy,
-    save_schedule,
+    validate_multipliers,
 )
-from jel.actions import validate_multipliers
+from tests.jel_parts import FEEDBACK, knobs, lively_policy
 
 GROUPS = ("lm_head", "wte", "matrices")
 DECISIONS = [t / 561 for t in range(0, 561, 50)]  # the paper's 12 decision points
@@ -76,22 +75,22 @@ class ControllerConformance:
         return self.make()
 
     def decide_all(self, controller, progresses=DECISIONS):
-        return [controller.decide(observation(controller, p)) for p in progresses]
+        return [as_decision(controller.decide(observation(controller, p))) for p in progresses]
 
     def test_observes_only_what_there_is(self, controller):
         assert not isinstance(controller.observes, str)
         assert set(controller.observes) <= OBSERVATIONS
 
     def test_multipliers_are_valid_all_along(self, controller):
-        for multipliers in self.decide_all(controller, [*DECISIONS, 0.9999]):
-            validate_multipliers(multipliers, GROUPS)
-            values = [v for factors in multipliers.values() for v in factors.values()]
+        for decision in self.decide_all(controller, [*DECISIONS, 0.9999]):
+            validate_multipliers(decision.multipliers, GROUPS)
+            values = [v for own in decision.multipliers.values() for v in own.values()]
             assert all(isinstance(v, float) and 1 / self.reason <= v <= self.reason for v in values)
 
     def test_param_groups_take_them(self, controller):
         groups = [{"name": name} for name in GROUPS]
         base = [{"lr": 0.1, "weight_decay": 0.2} for _ in GROUPS]
-        apply_multipliers(groups, base, controller.decide(observation(controller, 0.0)))
+        apply_multipliers(groups, base, as_decision(controller.decide(observation(controller, 0.0))).multipliers)
         assert all(math.isfinite(g["lr"]) and math.isfinite(g["weight_decay"]) for g in groups)
 
     def test_deterministic(self, controller):
@@ -107,11 +106,11 @@ class ControllerConformance:
     def test_what_it_returns_is_the_callers(self, controller):
         expected = self.decide_all(self.make())
         for progress, want in zip(DECISIONS, expected):
-            got = controller.decide(observation(controller, progress))
+            got = as_decision(controller.decide(observation(controller, progress)))
             assert got == want
-            for factors in got.values():
-                factors.clear()
-            got.clear()
+            for own in got.multipliers.values():
+                own.clear()
+            got.multipliers.clear()
 
     def test_state_round_trip_continues_identically(self, controller):
         self.decide_all(controller, DECISIONS[:5])
@@ -128,14 +127,6 @@ class ControllerConformance:
         saved = through_json(state)
         self.decide_all(controller, DECISIONS[3:])
         assert state == saved
-
-
-def lively_policy(**architecture) -> GaussianPolicy:
-    """A policy whose multipliers move visibly with progress (a fresh one stays near 1)."""
-    policy = GaussianPolicy(seed=3, **architecture)
-    with torch.no_grad():
-        policy.net[4].weight[:2] *= 60
-    return policy
 
 
 class Halving(Controller):
@@ -159,6 +150,17 @@ class Halving(Controller):
         self.factor, self.last = state["factor"], state["last"]
 
 
+class Returning(Controller):
+    """Written by hand: asks the loop to go back when the gradient has grown, and halves the rate from there."""
+
+    observes = frozenset({"grad_norm"})
+
+    def decide(self, observation):
+        if observation["grad_norm"] > 1.0:
+            return Decision({"*": {"lr": 0.5}}, go_back=50)
+        return {"*": {"lr": 1.0}}
+
+
 class TestNullController(ControllerConformance):
     def make(self):
         return NullController()
@@ -171,6 +173,11 @@ class TestPolicyController(ControllerConformance):
         return PolicyController(lively_policy())
 
 
+class TestFeedbackController(ControllerConformance):
+    def make(self):
+        return PolicyController(lively_policy(features=FEEDBACK, knobs=(*knobs(), Knob("head", "lr", ("lm_head",)))))
+
+
 class TestScheduleController(ControllerConformance):
     def make(self):
         return ScheduleController(export_schedule(lively_policy(), DECISIONS))
@@ -181,143 +188,24 @@ class TestHandWritten(ControllerConformance):
         return Halving()
 
 
-# -----------------------------------------------------------------------------
-# policy and schedule
-
-
-def test_policy_controller_keeps_a_history_and_refuses_another_policys_state():
-    controller = PolicyController(lively_policy())
-    decided = [controller.decide({"progress": p})["*"] for p in DECISIONS]
-    assert controller.history == [[p, d["lr"], d["weight_decay"]] for p, d in zip(DECISIONS, decided)]
-    assert len({d["lr"] for d in decided}) == len(DECISIONS)
-    with pytest.raises(JelError, match="was controlled by policy"):
-        PolicyController(GaussianPolicy()).load_state_dict(controller.state_dict())
-
-
-def test_the_action_range_bounds_what_is_deployed_and_is_part_of_the_policys_name(tmp_path):
-    save_policy(lively_policy(action_range=1.5), tmp_path / "p", {})
-    narrow, wide = PolicyController(tmp_path / "p"), PolicyController(lively_policy())
-    replay = ScheduleController(export_schedule(lively_policy(action_range=1.5), DECISIONS))
-    for p in DECISIONS:
-        got, reference = (c.decide({"progress": p})["*"] for c in (narrow, wide))
-        assert replay.decide({"progress": p})["*"] == got
-        for name, value in got.items():
-            assert 1 / 1.5 <= value <= 1.5
-            assert math.log(value) / math.log(1.5) == pytest.approx(math.log(reference[name]) / math.log(100))
-    with pytest.raises(JelError, match="was controlled by policy"):  # equal weights, yet not the same policy
-        narrow.load_state_dict(wide.state_dict())
-
-
-def test_policy_controller_does_not_follow_later_training():
-    policy = lively_policy()
-    controller = PolicyController(policy)
-    before = controller.decide({"progress": 0.5})
-    with torch.no_grad():
-        policy.net[0].weight.mul_(-1)
-    assert controller.decide({"progress": 0.5}) == before
-
-
-def test_policy_of_other_sizes_is_refused():
-    for policy in (GaussianPolicy(n_state=2), GaussianPolicy(n_actions=4)):
-        with pytest.raises(JelError, match="this needs one that maps"):
-            PolicyController(policy)
-        with pytest.raises(JelError, match="this needs one that maps"):
-            export_schedule(policy, DECISIONS)
-
-
-def test_schedule_replays_the_policy_exactly_and_holds_in_between(tmp_path):
-    policy = lively_policy()
-    save_schedule(export_schedule(policy, DECISIONS), tmp_path / "s.json")
-    replay, learned = ScheduleController(tmp_path / "s.json"), PolicyController(policy)
-    for i, p in enumerate(DECISIONS):
-        want = learned.decide({"progress": p})
-        assert replay.decide({"progress": p}) == want
-        assert replay.decide({"progress": (p + (DECISIONS + [1.0])[i + 1]) / 2}) == want
-
-
-@pytest.mark.parametrize("points", [[], [0.1, 0.5], [0.0, 0.5, 0.5], [0.0, 0.6, 0.5], [0.0, 1.0], [float("nan")]])
-def test_schedule_refuses_bad_decision_points(points):
-    with pytest.raises(JelError, match="progress|decisions"):
-        export_schedule(lively_policy(), points)
-
-
-def test_schedule_refuses_bad_files(tmp_path):
-    good = export_schedule(lively_policy(), DECISIONS)
-    entry = lambda multipliers: {**good, "decisions": [{"progress": 0.0, "multipliers": multipliers}]}
-    bad = [
-        [],
-        {**good, "version": 2},
-        {**good, "decisions": "none"},
-        {**good, "decisions": [1]},
-        entry(None),
-        entry({"*": {"lr": 0.0}}),
-        entry({"*": {"lr": float("nan")}}),
-        entry({"*": 2.0}),
-    ]
-    for i, value in enumerate(bad):
-        path = tmp_path / f"{i}.json"
-        path.write_text(json.dumps(value))
-        with pytest.raises(JelError) as e:
-            load_schedule(path)
-        assert "\n" not in str(e.value)
-    with pytest.raises(JelError, match="does not exist"):
-        ScheduleController(tmp_path / "none.json")
-    (tmp_path / "torn.json").write_text(json.dumps(good)[:-9])
-    with pytest.raises(JelError, match="not JSON"):
-        ScheduleController(tmp_path / "torn.json")
-    with pytest.raises(JelError, match="another schedule"):
-        ScheduleController(good).load_state_dict(TestScheduleController().make().state_dict() | {"decisions": []})
+class TestReturning(ControllerConformance):
+    def make(self):
+        return Returning()
 
 
 # -----------------------------------------------------------------------------
-# load_controller
+# decisions
 
 
-def test_named_controllers(tmp_path):
-    save_policy(lively_policy(), tmp_path / "p", {})
-    save_schedule(export_schedule(lively_policy(), DECISIONS), tmp_path / "s.json")
-    assert load_controller("none") is None
-    learned = load_controller("jel", str(tmp_path / "p.safetensors"))
-    replay = load_controller("schedule", str(tmp_path / "s.json"))
-    assert learned.decide({"progress": 0.0}) == replay.decide({"progress": 0.0})
-    assert isinstance(load_controller("jel.controller:NullController"), NullController)
-    assert isinstance(load_controller("jel.controller:PolicyController", str(tmp_path / "p")), PolicyController)
+def test_bare_multipliers_are_a_decision_to_go_on():
+    multipliers = {"*": {"lr": 2.0}}
+    assert as_decision(multipliers) == Decision(multipliers, None)
+    for go_back in (None, 0, 50):
+        decision = Decision(multipliers, go_back)
+        assert as_decision(decision) is decision
 
 
-def test_own_controllers_that_break_the_contract(tmp_path, monkeypatch):
-    (tmp_path / "own_controllers.py").write_text(
-        "class Good:\n    observes = {'step'}\n    def __init__(self, policy='p0'): self.policy = policy\n"
-        "    def decide(self, observation): return {}\n"
-        "    def state_dict(self): return {}\n    def load_state_dict(self, state): pass\n"
-        "class NoDecide:\n    def state_dict(self): pass\n    def load_state_dict(self, state): pass\n"
-        "class Unknown(Good):\n    observes = {'hessian'}\n"
-        "class Word(Good):\n    observes = 'step'\n"
-        "class Needy(Good):\n    def __init__(self, rate): pass\n"
-        "class Bare(Good):\n    def __init__(self): pass\n"
-        "number = 3\n"
-    )
-    (tmp_path / "broken_controllers.py").write_text("raise RuntimeError('no\\n luck')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_controller("own_controllers:Good").policy == "p0"
-    assert load_controller("own_controllers:Good", "here").policy == "here"
-    cases = {
-        "own_controllers:NoDecide": "no method decide",
-        "own_controllers:Unknown": "hessian",
-        "own_controllers:Word": "set of names",
-        "own_controllers:Needy": "without arguments",
-        "own_controllers:Missing": "no class Missing",
-        "own_controllers:number": "no class number",
-        "broken_controllers:X": "no luck",
-        "no_such_module_here:X": "does not import",
-        "jell": "unknown controller",
-        ":X": "unknown controller",
-        "own_controllers:": "unknown controller",
-        "schedule": "needs the path",
-    }
-    for spec, message in cases.items():
-        with pytest.raises(JelError, match=message) as e:
-            load_controller(spec)
-        assert "\n" not in str(e.value)
-    for spec in ("own_controllers:Bare", "none", "jel", "schedule"):
-        with pytest.raises(JelError):
-            load_controller(spec, str(tmp_path / "absent"))
+@pytest.mark.parametrize("go_back", [-1, 1.0, True, "5", math.nan])
+def test_a_return_is_a_number_of_steps(go_back):
+    with pytest.raises(JelError, match="go_back is .*; it must be a number of steps, or None"):
+        as_decision(Decision({}, go_back))

@@ -313,3 +313,16 @@ def test_what_cannot_be(change):
         make(**change)
     with pytest.raises(ValueError, match="13 tokens do not fit"):
         make()(batch(1, T + 1)[0])
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+def test_embeddings_stay_fp32_and_what_is_read_is_cast_under_autocast(runs):
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32), runs=runs)
+    model.init_weights()
+    idx = torch.zeros((1, 4) if runs is None else (runs, 1, 4), dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        read = model.transformer.wte(idx)
+        loss = model(idx, idx)
+    assert read.dtype == torch.bfloat16 and model.transformer.wte(idx).dtype == torch.float32
+    loss.sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())

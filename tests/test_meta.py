@@ -1,118 +1,21 @@
-"""Rollouts and the meta-training loop: what an episode does depends on its index alone, and a resume changes nothing."""
+"""The meta-training loop: an update is all or nothing, a resume changes nothing, and the policy learns."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 import torch
 
-from jel.learn.grpo import PolicyUpdate
-from jel.learn.meta import MetaConfig, MetaTrainer
-from jel.learn.rollout import Interrupted, collect, decision_steps
+from jel.learn.rollout import Interrupted, RewardConfig
 from jel.policy import GaussianPolicy
+from jel.recipes.jel import ADVANTAGES, JelRecipe
+from tests.jel_parts import FEEDBACK, QuadraticTask, same
+
+RECIPE = dict(policy_lr=3e-3, minibatch_size=16, episodes=6, decision_interval=5)
 
 
-class QuadraticTask:
-    """Gradient descent on a quadratic from a random start: the probe loss is the quadratic itself."""
-
-    num_steps = 23
-
-    def reset(self, group, episodes):
-        starts = torch.randn(64, generator=torch.Generator().manual_seed(group))
-        self.x = starts[episodes.start : episodes.stop].clone()
-
-    def train(self, first_step, steps, factors):
-        for _ in range(steps):
-            self.x = self.x - 0.02 * factors["lr"] * self.x - 0.001 * factors["weight_decay"]
-
-    def probe_loss(self):
-        return self.x.square()
-
-    def grad_norm(self):
-        return self.x.abs()
-
-
-def make_trainer(seed=0, stop=lambda: False, **overrides):
-    policy = GaussianPolicy(seed=seed)
-    updater = PolicyUpdate(
-        policy, lr=3e-3, gamma=0.99, clip=0.2, epochs=4, minibatch_size=16, entropy_coef=0.0, seed=seed
-    )
-    config = MetaConfig(
-        **{
-            "episodes": 6,
-            "chunk": 6,
-            "decision_interval": 5,
-            "lambda_g": 0.0,
-            "lambda_s": 0.0,
-            "nan_penalty": None,
-            **overrides,
-        }
-    )
-    return MetaTrainer(QuadraticTask(), policy, updater, config, seed, stop_requested=stop)
-
-
-def rollout(chunk, lambda_g=0.0, rank=0, world_size=1):
-    return collect(
-        QuadraticTask(),
-        GaussianPolicy(),
-        3,
-        6,
-        chunk,
-        5,
-        torch.Generator().manual_seed(1),
-        lambda_g,
-        0.1,
-        None,
-        rank,
-        world_size,
-    )
-
-
-def test_decisions_cover_the_episode_and_the_papers_are_twelve():
-    assert decision_steps(23, 5) == [(0, 5), (5, 5), (10, 5), (15, 5), (20, 3)]
-    papers = decision_steps(561, 50)
-    assert len(papers) == 12 and papers[-1] == (550, 11)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 4, 5])
-def test_chunks_change_nothing(chunk):
-    (whole, losses), (parts, part_losses) = rollout(6, 0.01), rollout(chunk, 0.01)
-    assert torch.equal(losses, part_losses)
-    for name in ("states", "actions", "log_probs", "rewards", "alive"):
-        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
-
-
-@pytest.mark.parametrize("world_size", [2, 4, 7])
-def test_ranks_change_nothing(monkeypatch, world_size):
-    """Each rank runs its share; the sum over ranks is the single rank's rollout (a threaded all-reduce stands in)."""
-    barrier, parts, lock = threading.Barrier(world_size), [], threading.Lock()
-
-    def summed(readings):
-        with lock:
-            parts.append(readings)
-        barrier.wait()
-        return sum(parts)
-
-    monkeypatch.setattr("jel.learn.rollout._sum_over_ranks", summed)
-    results = [None] * world_size
-    threads = [
-        threading.Thread(target=lambda r=r: results.__setitem__(r, rollout(2, 0.01, r, world_size)))
-        for r in range(world_size)
-    ]
-    [t.start() for t in threads], [t.join() for t in threads]
-    single, losses = rollout(6, 0.01)
-    for found, found_losses in results:
-        assert torch.equal(found.rewards, single.rewards) and torch.equal(found_losses, losses)
-
-
-def test_rewards_are_the_improvement_of_the_probe_loss():
-    found, losses = collect(
-        QuadraticTask(), GaussianPolicy(), 0, 4, 4, 5, torch.Generator().manual_seed(0), 0.0, 0.0, 100.0
-    )
-    assert found.alive.all()  # with so large a penalty, no rise counts as a blow-up
-    assert torch.allclose(found.rewards[found.alive], (losses[:, :-1] - losses[:, 1:])[found.alive])
-    assert torch.allclose(found.states[0, :, 0], torch.tensor([0, 5, 10, 15, 20]) / 23)
+def make_trainer(seed=0, stop=lambda: False, chunk=6, floor=0.0, **choices):
+    recipe = JelRecipe(**{**RECIPE, **choices})
+    return recipe.trainer(QuadraticTask(floor=floor), seed, seed, seed, chunk, stop_requested=stop)
 
 
 def test_an_update_is_all_or_nothing():
@@ -125,37 +28,73 @@ def test_an_update_is_all_or_nothing():
         disturbed.update()
     assert disturbed.updates == 1
     disturbed.update()
-    assert all(torch.equal(a, b) for a, b in zip(calm.policy.parameters(), disturbed.policy.parameters()))
+    assert same(calm.policy, disturbed.policy)
 
 
-def test_resume_is_exact():
-    whole, first = make_trainer(), make_trainer()
+@pytest.mark.parametrize("features", [("progress",), FEEDBACK])
+def test_resume_is_exact(features):
+    whole, first = make_trainer(features=features), make_trainer(features=features)
     for _ in range(5):
         whole.update()
     for _ in range(2):
         first.update()
-    second = make_trainer(seed=9)  # another policy, so that everything must come from the state
+    second = make_trainer(seed=9, features=features)  # another policy, so that everything must come from the state
     second.seed = 0
     second.load_state_dict(first.state_dict())
     records = [second.update() for _ in range(3)]
-    assert all(torch.equal(a, b) for a, b in zip(whole.policy.parameters(), second.policy.parameters()))
+    assert same(whole.policy, second.policy)
     assert [r["step"] for r in records] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("features", [("progress",), FEEDBACK])
+def test_chunks_change_no_update(features):
+    trainers = [make_trainer(chunk=chunk, features=features) for chunk in (6, 1, 4)]
+    records = [[trainer.update() for _ in range(2)] for trainer in trainers]
+    assert all(same(trainers[0].policy, trainer.policy) for trainer in trainers[1:])
+    assert all([r["returns"] for r in found] == [r["returns"] for r in records[0]] for found in records[1:])
 
 
 def test_the_policy_learns_to_raise_the_rate():
     """0.02 is far too careful for this quadratic: the learning-rate multiplier must rise, the return with it."""
     trainer = make_trainer(episodes=16, chunk=16)
     records = [trainer.update() for _ in range(40)]
-    assert records[-1]["lr"][0] > 3
+    assert records[-1]["multipliers"]["*"]["lr"][0] > 3
     first, last = (sum(r["return_mean"] / r["probe_first"] for r in part) for part in (records[:5], records[-5:]))
     assert last > first
 
 
+def test_a_record_says_what_the_update_did():
+    record = make_trainer(floor=5.0).update()  # so high that no rise is a blow-up
+    assert record["step"] == 0 and record["episodes_alive"] == 6 and len(record["returns"]) == 6
+    assert record["decision_progress"] == [0, 5 / 23, 10 / 23, 15 / 23, 20 / 23]
+    assert {key: len(values) for key, values in record["multipliers"]["*"].items()} == {"lr": 5, "weight_decay": 5}
+    assert record["return_mean"] == pytest.approx(sum(record["returns"]) / 6)
+    assert record["return_best"] == max(record["returns"])
+    assert make_trainer(features=FEEDBACK).update()["multipliers"] == {}  # they depend on the run
+
+
 def test_a_blow_up_is_counted_and_does_not_poison():
-    trainer = make_trainer()
-    trainer.task.probe_loss = lambda: torch.where(
-        torch.arange(len(trainer.task.x)) == 2, float("nan"), trainer.task.x.square()
-    )
-    record = trainer.update()
-    assert record["episodes_alive"] == 5
-    assert all(p.isfinite().all() for p in trainer.policy.parameters())
+    for features in (("progress",), FEEDBACK):
+        trainer = make_trainer(features=features)
+        task = trainer.env.task
+        observe = task.observe
+
+        def broken(names, observe=observe, task=task):
+            lost = torch.arange(len(task.x)) == 2
+            return {name: torch.where(lost, float("nan"), value) for name, value in observe(names).items()}
+
+        task.observe = broken
+        record = trainer.update()
+        assert record["episodes_alive"] == 5
+        assert all(p.isfinite().all() for p in trainer.policy.parameters())
+
+
+def test_a_recipe_makes_the_parts_it_names():
+    recipe = JelRecipe(action_range=10.0, hidden=8, features=FEEDBACK, advantages="standard")
+    policy = recipe.policy(seed=5)
+    assert same(policy, GaussianPolicy(recipe.knobs(), FEEDBACK, 8, 5))
+    assert [(knob.name, knob.bounds) for knob in policy.knobs] == [("lr", (0.1, 10)), ("weight_decay", (0.1, 10))]
+    assert recipe.updater(policy, 0).advantages is ADVANTAGES["standard"]
+    env = JelRecipe(reward=RewardConfig(gradient_penalty=0.1)).env(QuadraticTask(), GaussianPolicy())
+    env.reset(0, range(2))
+    assert set(env.readings) == {"probe_loss", "grad_norm"}

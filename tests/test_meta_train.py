@@ -1,4 +1,4 @@
-"""scripts.meta_train from outside: deaths and stops that leave no trace, ranks that change nothing, one line for bad input."""
+"""scripts.meta_train from outside: deaths and stops leave no trace, ranks change nothing, bad input is one line."""
 
 from __future__ import annotations
 
@@ -146,6 +146,12 @@ def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
     assert policy.observes == {"progress"} and card["training"]["flags"]["updates"] == 4
     log = undisturbed[1]
     assert [record["step"] for record in log] == [0, 1, 2, 3] and all(len(record["returns"]) == 3 for record in log)
+    assert all({len(m) for m in record["multipliers"]["*"].values()} == {3} for record in log)
+    assert all(record["decision_progress"] == [0, 4 / 12, 8 / 12] for record in log)
+    result = json.loads((base / "runs" / "meta-whole" / "result.json").read_text())
+    assert result["episodes"] == 12 and result["tokens"] == 12 * 12 * 2 * 32
+    assert result["probe_tokens"] == 12 * 4 * 4 * 2 * 32  # 4 batches before each of 3 decisions, and at the end
+    assert result["flops"] > 0 and result["core_seconds"] >= result["seconds"] > 0
     assert undisturbed[2]["entropy"] == [record["entropy"] for record in log]
 
 
@@ -159,6 +165,8 @@ def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
         (("--policy-hidden", "5000"), "hidden"),
         (("--initial-log-std", "nan"), "initial_log_std is nan"),
         (("--action-range", "1"), "action_range is 1.0"),
+        (("--action-range", "0"), "action_range is 0.0"),
+        (("--action-range", "nan"), "action_range is nan"),
         (("--tokenizer", "absent"), "tok_train"),
         (("--data", "/nowhere"), "/nowhere"),
         (("--model-tag", "../out"), "does not name a folder"),

@@ -103,7 +103,7 @@ def test_nvidia_smi_without_a_gpu_is_no_evidence(no_gpu, monkeypatch, tmp_path, 
 
 
 def test_the_paper_preset_is_table_2():
-    a = presets.parse_with_preset(meta_train.flags(), "meta_train", ["--preset", "paper"])
+    a = presets.parse_with_preset(meta_train.flags(), "meta_train", ["--preset", "paper", "--recipe", "paper"])
     assert (a.policy_hidden, a.policy_lr, a.initial_log_std, a.action_range) == (64, 3e-4, -0.5, 100)
     assert (a.gamma, a.clip, a.entropy_coef, a.ppo_epochs, a.minibatch_size) == (0.99, 0.2, 0.0, 4, 64)
     assert (a.decision_interval, a.num_iterations, a.updates, a.episodes) == (50, 561, 50, 8)

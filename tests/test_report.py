@@ -2,141 +2,35 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 import statistics
 import sys
 import xml.etree.ElementTree as ET
 
-import numpy as np
 import pytest
 
 from nanochat.common import UserError, run_main
 from nanochat.files import read_json
 from scripts.report import __main__ as report
 from scripts.report.evidence import LABELS, read_evidence
-from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3
-
-BPB = {
-    "jel": (2.220, 2.231, 2.214),
-    "schedule_free": (2.301, 2.322, 2.290),
-    "hand_tuned": (2.101, 2.120, 2.095),
-    "suboptimal": (3.293, 3.310, 3.280),
-}
-STEPS, BATCH, SEEDS = 250, 2048, (1, 2, 3)
-
-
-# -----------------------------------------------------------------------------
-# synthetic runs
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def config(**flags):
-    return {
-        "environment": {
-            "python": "3.11.7",
-            "torch": "2.13.0",
-            "commit": "abc1234",
-            "device": "a CPU",
-            "world_size": 1,
-            "threads": 2,
-        },
-        "flags": {
-            "data": "embedded",
-            "total_batch_size": BATCH,
-            "policy": None,
-            "sf_lr": 0.5,
-            "sf_wd": 0.0,
-            "sf_warmup": 0,
-            **flags,
-        },
-        "model": {"n_layer": 4, "n_embd": 64, "vocab_size": 512, "sequence_len": 128},
-        "parameters": 327_816,
-        "data": {
-            "source": "embedded",
-            "files": 437,
-            "documents": 1950,
-            "bytes": 8_744_682,
-            "shards": 8,
-            "shard_bytes": 2_853_699,
-            "sha256": "851e1656" * 8,
-        },
-        "num_iterations": STEPS,
-    }
-
-
-def write_log(folder, records):
-    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def add_run(folder, method, seed, bpb, policy=None, finished=True):
-    run = folder / f"{method}-s{seed}"
-    write(run / "config.json", config(policy=policy))
-    log = [{"step": s, "loss": 3.0} for s in range(STEPS if finished else 120)]
-    log += [{"step": s, "val_bpb": bpb + (4.46 - bpb) * math.exp(-s / 30)} for s in range(0, STEPS, 25)]
-    write_log(run, [*log, {"step": STEPS, "val_bpb": bpb}])
-    result = {"val_bpb": bpb, "train_loss": bpb * 1.4, "seconds": 20.0, "steps": STEPS, "tokens": STEPS * BATCH}
-    if method == "jel":
-        result |= {"controller_seconds": 0.002, "decisions": 10}
-    if finished:
-        write(run / "result.json", result)
-
-
-def add_meta(folder, updates=30, finished=True):
-    rng, progress = np.random.default_rng(0), [i / 10 for i in range(10)]
-    write(folder / "meta" / "config.json", config())
-    write_log(
-        folder / "meta",
-        [
-            {
-                "step": u,
-                "return_mean": 2 - 1.6 * math.exp(-u / 6) + rng.normal(0, 0.05),
-                "entropy": 0.92 - 0.003 * u,
-                "return_best": 2.1 + rng.normal(0, 0.05),
-                "decision_progress": progress,
-                "lr": [math.exp(3.4 * (1 - math.exp(-u / 5)) * (0.4 + 0.6 * p)) for p in progress],
-                "weight_decay": [math.exp(0.05 * u * (p - 0.4)) for p in progress],
-            }
-            for u in range(updates)
-        ],
-    )
-    if finished:
-        write(
-            folder / "meta" / "result.json",
-            {
-                "updates": updates,
-                "episodes": 8 * updates,
-                "tokens": 1_536_000,
-                "seconds": 90.0,
-                "policy": "/runs/tiny/meta/policy.safetensors",
-            },
-        )
-
-
-def add_sweeps(folder):
-    rows = [
-        {
-            "lr": lr,
-            "wd": wd,
-            "warmup": warmup // 2,
-            "val_bpb": 2.3 + 0.1 * i,
-            "seconds": 18.0,
-            "tag": f"sf{i}",
-            "tokens": STEPS * BATCH,
-        }
-        for i, (lr, wd, warmup, *_) in enumerate(PAPER_TABLE_3)
-    ]
-    rows[5]["val_bpb"] = None
-    write(folder / "sweep_schedule_free.json", {"rows": rows, "best": 0})
-    tuned = [
-        {"lr_scale": s, "weight_decay": 0.2, "val_bpb": 2.1 + abs(s - 1) / 10, "seconds": 19.5, "tag": f"tiny/t{s}"}
-        for s in (0.5, 1.0, 2.0)
-    ]
-    write(folder / "sweep_hand_tuned.json", {"rows": tuned, "best": 1})
+from scripts.report.render import inline, to_html
+from scripts.report.tables import ABSENT, PAPER_TABLE_1
+from tests.report_runs import (
+    BPB,
+    SEEDS,
+    add_everything,
+    add_run,
+    change,
+    config,
+    first_paragraph,
+    row,
+    section,
+    text_of,
+    write,
+)
 
 
 @pytest.fixture
@@ -144,11 +38,7 @@ def runs(tmp_path, monkeypatch):
     """The folder of preset tiny, with everything measured."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     folder = tmp_path / "runs" / "tiny"
-    for method, values in BPB.items():
-        for seed, bpb in zip(SEEDS, values):
-            add_run(folder, method, seed, bpb, policy="/runs/tiny/meta/policy" if method == "jel" else None)
-    add_meta(folder)
-    add_sweeps(folder)
+    add_everything(folder)
     return folder
 
 
@@ -158,162 +48,268 @@ def make_report(monkeypatch, *flags):
     return report.base_dir() / "report"
 
 
-def text_of(folder):
-    """report.md without its figures."""
-    return report.report_text(read_evidence(folder.parent, folder.name), set())
-
-
-def row(text, first):
-    """The cells of the one table row that begins with `first`."""
-    found = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
-    assert len(found) == 1, found
-    return [cell.strip() for cell in found[0].strip("|").split("|")]
-
-
-def section(text, heading):
-    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
-
-
-def change(path, **values):
-    write(path, read_json(path) | values)
-
-
 # -----------------------------------------------------------------------------
 # a whole report
 
 
 def test_a_whole_report(runs, monkeypatch, capsys):
     folder = make_report(monkeypatch)
-    text = (folder / "report.md").read_text()
+    text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
     names = {"figure_2_validation", "figure_3_multipliers", "figure_meta_training"}
     files = {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
-    assert {p.name for p in folder.iterdir()} == {"report.md", "results.json", *files}
-    assert all(f"({name}.png)" in text for name in names) and "Not measured" not in text and "Warning" not in text
-    table, jel = section(text, "Table 1: four methods"), BPB["jel"]
-    assert row(table.split("JEL against")[0], "JEL") == [
+    assert {p.name for p in folder.iterdir()} == {"report.md", "report.html", "results.json", *files}
+    assert all(f"({name}.png)" in text for name in names)
+    assert "## Not measured" not in text and "Warning" not in text
+    table, jel = section(text, "Table 1: the methods"), BPB["jel"]
+    mean, std = statistics.mean(jel), statistics.stdev(jel)
+    assert row(table, "JEL") == [
         "JEL",
-        f"{statistics.mean(jel):.4f}",
-        f"{statistics.stdev(jel):.4f}",
-        "3",
-        f"{1.4 * statistics.mean(jel):.4f}",
-        "meta-training = 3.0 runs by tokens",
+        f"{mean:.4f} ± {std:.4f} (5)",
+        "0",
+        "-",
+        "-",
+        "-",
+        "1.50",
+        "166.0 = 6.0 meta-training + 160 exploratory",
+    ]
+    differences = [a - b for a, b in zip(jel, BPB["schedule_free"])]
+    middle = statistics.mean(differences)
+    half = 2.776445 * statistics.stdev(differences) / 5**0.5
+    assert row(table, "Schedule-free")[2:] == [
+        "0",
+        f"{middle:+.4f}",
+        f"[{middle - half:+.4f}, {middle + half:+.4f}]",
+        "better",
+        "1.50",
+        "9.5 = 7.5 sweep schedule-free + 2.0 sweep schedule-free-fair",
+    ]
+    assert [row(table, name)[5] for name in ("Hand-tuned", "Best constant", "Suboptimal")] == [
+        "worse",
+        "no difference shown",
+        "better",
+    ]
+    assert row(table, "Hand-tuned")[7] == "40.0 = 3.0 sweep hand-tuned + 37 exploratory"
+    assert row(table, "Best constant")[7] == "6.0 = 6.0 sweep best-constant" and row(table, "Suboptimal")[7] == "0"
+    again = section(text, "The same runs, as the paper shows them")
+    assert row(again, "JEL")[1:] == [
+        f"{mean + 0.01:.4f} ± {std:.4f} (5)",
+        f"{1.4 * mean:.4f} ± {1.4 * std:.4f} (5)",
+        "-",
         "1.173",
         "3.810",
+        "-",
     ]
-    against = table.split("JEL against")[1]
-    assert row(against, "Schedule-free")[1] == row(against, "Suboptimal")[1] == "better"
-    assert row(against, "Hand-tuned")[1] == "worse"
-    assert [row(against, m)[-1] for m in ("Schedule-free", "Hand-tuned", "Suboptimal")] == ["-2.5%", "+8.4%", "-19.3%"]
+    assert [row(again, m)[-1] for m in ("Schedule-free", "Hand-tuned", "Suboptimal")] == ["-2.5%", "+8.4%", "-19.3%"]
     assert "embedded: 437 files, 1,950 documents, 8 shards, 8,744,682 bytes, sha256 851e1656851e1656" in text
     assert "not at the paper's scale" in text and "abc1234" in row(text, "Git commit")
-    assert "3.6% below Schedule-free (better), 5.5% above Hand-tuned (worse), 32.6% below Suboptimal (better)." in text
-    assert f"{statistics.mean(jel):.4f}" in capsys.readouterr().out
+    assert row(text, "Policies of the JEL runs")[1] == "one per seed, learned by the meta-training of that seed"
+    assert f"{mean:.4f}" in capsys.readouterr().out
     for name in names:
         svg = (folder / f"{name}.svg").read_text()
         assert ET.fromstring(svg).tag.endswith("svg") and "<dc:date>" not in svg
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert base64.b64encode((folder / f"{name}.png").read_bytes()).decode() in page
 
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     make_report(monkeypatch)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before  # equal runs, equal report
 
-    monkeypatch.setattr(report, "draw", lambda evidence, folder: {"figure_2_validation"})
+    draw = report.draw
+    monkeypatch.setattr(report, "draw", lambda *args: draw(*args) & {"figure_2_validation"})
+    for path in folder.glob("figure_[3m]*"):
+        path.write_text("a former report's")
+    monkeypatch.setattr(report, "save_figure", only_the_first(report.save_figure))
     make_report(monkeypatch)  # a figure that can no longer be drawn does not stay behind
     assert {p.stem for p in folder.iterdir()} == {"figure_2_validation", "report", "results"}
     assert "figure_3" not in (folder / "report.md").read_text()
 
 
+def only_the_first(save):
+    return lambda figure, folder, name: save(figure, folder, name) if name == "figure_2_validation" else None
+
+
+def test_the_page_is_one_file_for_phones_and_the_dark(runs, monkeypatch):
+    page = (make_report(monkeypatch) / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page and "<script" not in page
+    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
+    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    document = ET.fromstring(re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.partition("\n")[2]))
+    rows = document.findall(".//table[1]/tbody/tr")
+    assert [cell.text for cell in rows[1]][0] == "JEL" and len(document.findall(".//figure")) == 3
+
+
+def test_text_is_escaped_in_the_page(tmp_path):
+    assert inline("a < b & **c `d`**") == "a &lt; b &amp; <strong>c <code>d</code></strong>"
+    page = to_html([("h1", "A `title`"), ("list", ["<one>"]), ("table", (["x"], [["<script>"]]))], tmp_path)
+    assert "<title>A title</title>" in page and "<li>&lt;one&gt;</li>" in page and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    "shift, seeds, words",
+    [
+        ((-0.02, -0.021, -0.019, -0.02, -0.02), 5, "**JEL beats the best constant (-0.0200 bpb, 95% interval [-0.02"),
+        ((0.02, 0.021, 0.019, 0.02, 0.02), 5, "**JEL does worse than the best constant (+0.0200 bpb, 95% interval [+0"),
+        ((0.01, -0.01, 0.02, -0.02, 0), 5, "**JEL does not beat the best constant: no difference is shown (+0.0000"),
+        ((-0.02, -0.021, -0.019, 0, 0), 3, "**Whether JEL beats the best constant is undecided with 3 of the 5 seeds"),
+        ((0, 0, 0, 0, 0), 0, "**Whether JEL beats the best constant was not measured.**"),
+        ((math.nan, 0, 0, 0, 0), 5, "**JEL cannot be compared with the best constant: a run diverged.**"),
+    ],
+)
+def test_the_first_paragraph_says_whether_jel_beats_the_best_constant(runs, shift, seeds, words):
+    for seed, jel, difference in zip(SEEDS, BPB["jel"], shift):
+        result = runs / f"best_constant-s{seed}" / "result.json"
+        change(result, test_bpb=jel - difference)
+        if seed > seeds:
+            result.unlink()
+    paragraph = first_paragraph(text_of(runs))
+    assert paragraph.startswith(f"JEL ends at {statistics.mean(BPB['jel']):.4f} ± ") and words in paragraph
+    assert "JEL does worse than the hand-tuned rates (+" in paragraph and "JEL beats schedule-free (-" in paragraph
+
+
 def test_results_record_keeps_its_contract(runs):
     record = report.results_record(read_evidence(runs.parent, "tiny"))
-    assert list(record) == ["preset", "methods", "schedule_free_sweep", "meta", "controller"]
+    assert list(record) == [
+        "preset",
+        "methods",
+        "schedule_free_sweep",
+        "meta",
+        "controller",
+        "ablations",
+        "equal_budget",
+        "transfer",
+    ]
     assert record["methods"]["jel"] == {
-        "val_bpb": list(BPB["jel"]),
+        "test_bpb": list(BPB["jel"]),
+        "val_bpb": [v + 0.01 for v in BPB["jel"]],
         "train_loss": [1.4 * v for v in BPB["jel"]],
-        "seconds": [20.0] * 3,
+        "seconds": [20.0] * 5,
+        "recoveries": [0] * 5,
     }
-    assert list(record["methods"]) == ["schedule_free", "jel", "hand_tuned", "suboptimal"]
-    assert record["schedule_free_sweep"][5] == {"lr": 2.0, "wd": 0.01, "warmup": 0, "val_bpb": None, "seconds": 18.0}
-    assert (record["meta"]["updates"], record["meta"]["episodes"], len(record["meta"]["entropy"])) == (30, 240, 30)
-    assert record["meta"]["run_equivalents"] == {"tokens": 3.0, "seconds": 4.5}
+    assert list(record["methods"]) == ["hand_tuned", "jel", "best_constant", "schedule_free", "suboptimal"]
+    bad = record["schedule_free_sweep"][5]
+    assert (bad["lr"], bad["wd"], bad["warmup"], bad["val_bpb"], bad["seconds"]) == (2.0, 0.01, 0, None, 18.0)
+    assert [row["sweep"] for row in record["schedule_free_sweep"]] == ["schedule-free"] * 8 + ["schedule-free-fair"] * 2
+    assert record["schedule_free_sweep"][8]["muon_schedule"] == "warmdown"
+    meta = record["meta"]
+    assert (meta["updates"], meta["episodes"], len(meta["entropy"]), meta["run_equivalents"]) == (30, 240, 30, 6.0)
     assert record["controller"] == {"ms_per_decision": pytest.approx(0.2), "overhead_percent": pytest.approx(0.01)}
+    assert record["ablations"] == record["equal_budget"] == record["transfer"] == []
     json.dumps(record, allow_nan=False)
+
+
+def test_without_meta_training_the_record_is_empty_there(runs):
+    for seed in SEEDS:
+        (runs / f"meta-s{seed}" / "config.json").unlink()
+    evidence = read_evidence(runs.parent, "tiny")
+    meta = {"updates": None, "episodes": None, "entropy": [], "return_mean": [], "run_equivalents": None}
+    assert report.results_record(evidence)["meta"] == meta
+    assert row(section(text_of(runs), "Table 1: the methods"), "JEL")[7] == ABSENT
 
 
 def test_sweeps_and_costs(runs):
     sweep = read_json(runs / "sweep_schedule_free.json")
     sweep["rows"][4]["lr"] = 3.0  # a setting the paper has not run
+    sweep["rows"][6]["recoveries"] = 1
     write(runs / "sweep_schedule_free.json", sweep)
-    write(runs / "t1.0" / "result.json", {"tokens": 7})  # tells the tokens of one row of three
     text = text_of(runs)
     table = section(text, "Table 3: the schedule-free sweep")
     assert row(table, "0 (best)")[4:] == ["2.3000", "18.0s", "0", "1.456", "9.10"]
     assert row(table, "5")[4] == "diverged" and row(table, "4")[6:] == ["-", "-", "-"]
+    assert row(table, "6")[4] == "2.9000 (recovered)"
     assert row(table, "7")[3:] == ["150", "3.0000", "18.0s", "300", "1.429", "9.07"]
-    tuning = section(text, "Tuning of the hand-tuned upper bound")
-    assert row(tuning, "1 (best)")[1:] == ["1.0", "0.2", "2.1000", "19.5s"]
+    fair = section(text, "Schedule-free with a fair share of tuning")
+    assert row(fair, "0 (best)")[1:] == ["0.3", "0.0", "0", "warmdown", "0.06", "2.2500", "18.0s"]
+    best = "best by validation of 10 settings: the paper's 8 (best 2.3000 bpb of the validation split) and 2 more"
+    assert best in fair and "(best 2.2500)" in fair and best in section(text, "Table 1: the methods")
+    assert row(section(text, "Tuning of the hand-tuned upper bound"), "1 (best)")[1:] == [
+        "1.0",
+        "0.2",
+        "2.1000",
+        "18.0s",
+    ]
+    assert row(section(text, "The best constant"), "0 (best)")[1:] == ["46.4", "1.0", "2.2000", "18.0s"]
     costs = section(text, "Costs")
-    assert row(costs, "meta-training")[1:] == ["30 updates, 240 episodes", "1,536,000", "3.00", "90.0", "4.50", "5.6"]
-    assert row(costs, "schedule-free sweep")[3:] == ["8.00", "144.0", "7.20", "8"]
-    assert row(costs, "hand-tuning")[2:] == [ABSENT, ABSENT, "58.5", "2.92", "-"]
-    for s in (0.5, 2.0):
-        write(runs / f"t{s}" / "result.json", {"tokens": 7})
-    assert row(section(text_of(runs), "Costs"), "hand-tuning")[2] == "21"
+    assert row(costs, "one run, the unit")[1:] == ["median setting", "1.00", "18.0"]
+    assert row(costs, "a run of JEL")[1:] == ["mean of 5 seeds", "1.50", "20.0"]
+    assert row(costs, "meta-training of one policy")[1:] == [
+        "30 updates, 240 episodes; mean of 5 seeds",
+        "6.00",
+        "115.0",
+    ]
+    assert row(costs, "sweep schedule-free")[1:] == ["8 settings", "7.50", "144.0"]  # one diverged half way
+    assert row(costs, "sweep hand-tuned")[1:] == ["3 settings", "3.00", "54.0"]
+
+
+def test_recovered_runs_are_marked(runs):
+    change(runs / "jel-s2" / "result.json", recoveries=2)
+    text = text_of(runs)
+    assert row(section(text, "Table 1: the methods"), "JEL")[2] == "2 (s2: 2)"
+    assert "Recovered from a divergence, and marked in Table 1: jel-s2 (2)." in text
+    record = report.results_record(read_evidence(runs.parent, "tiny"))
+    assert record["methods"]["jel"]["recoveries"] == [0, 2, 0, 0, 0]
 
 
 def test_a_paper_figure_never_stands_for_a_measured_one(runs):
-    for path in [*runs.glob("*-s?/result.json"), *runs.glob("sweep*"), runs / "meta" / "result.json"]:
+    for path in [*runs.glob("*-s?/result.json"), *runs.glob("sweep*")]:
         if "jel-s1" not in str(path):
             path.unlink()
     text = text_of(runs)
-    table, against = section(text, "Table 1: four methods").split("JEL against")
-    for method, label in LABELS.items() - {("jel", "JEL")}:
-        bpb, loss = PAPER_TABLE_1[method]
-        assert row(table, label)[1:5] == [ABSENT, ABSENT, "0", ABSENT]
-        assert row(table, label)[6:] == [f"{bpb:.3f}", f"{loss:.3f}"]
-        assert row(against, label)[1:6] == [ABSENT, ABSENT, ABSENT, "0", ABSENT]
-    assert row(section(text, "Costs"), "meta-training")[1:6] == [ABSENT] * 5
+    table, again = section(text, "Table 1: the methods"), section(text, "The same runs, as the paper shows them")
+    for method in LABELS.keys() - {"jel"}:
+        assert row(table, LABELS[method])[1:7] == [ABSENT, ABSENT, ABSENT, "-", ABSENT, ABSENT]
+        assert row(again, LABELS[method])[1:4] == [ABSENT] * 3
+        paper = [f"{value:.3f}" for value in PAPER_TABLE_1.get(method, ())] or ["-", "-"]
+        assert row(again, LABELS[method])[4:6] == paper
+    assert row(section(text, "Costs"), "meta-training of one policy")[1:] == [ABSENT] * 3
     for gap in (
         "bash speedrun.sh --preset tiny",
         "jel-s2: unfinished, 250 steps done",
         "Hand-tuned: no finished run",
-        "scripts.sweep",
-        "unfinished, 30 updates done",
+        "scripts.sweep --what best-constant",
+        "meta-training with seed 3: unfinished, 30 updates done",
     ):
         assert gap in section(text, "Not measured")
 
 
 def test_seeds_that_are_too_few_or_diverged_show_nothing(runs):
     (runs / "hand_tuned-s3" / "result.json").unlink()
-    change(runs / "suboptimal-s2" / "result.json", val_bpb=math.nan)
-    table, against = text_of(runs).split("JEL against")
-    assert row(against, "Hand-tuned")[1] == "too few seeds" and row(against, "Hand-tuned")[4] == "2"
-    assert row(table, "Suboptimal")[1] == row(against, "Suboptimal")[1] == "diverged"
-    assert report.results_record(read_evidence(runs.parent, "tiny"))["methods"]["suboptimal"]["val_bpb"][1] is None
+    change(runs / "suboptimal-s2" / "result.json", test_bpb=math.nan)
+    text = text_of(runs)
+    table = section(text, "Table 1: the methods")
+    assert row(table, "Hand-tuned")[5] == "undecided, n = 4" and row(table, "Hand-tuned")[1].endswith("(4)")
+    assert row(table, "Suboptimal")[1] == row(table, "Suboptimal")[5] == "diverged"
+    assert report.results_record(read_evidence(runs.parent, "tiny"))["methods"]["suboptimal"]["test_bpb"][1] is None
 
 
 def test_further_methods_add_rows_and_keys(runs):
     for seed in SEEDS:
         add_run(runs, "cosine", seed, 2.15)
-    text = text_of(runs)
-    table, against = text.split("JEL against")
-    assert row(table, "cosine")[1:] == ["2.1500", "0.0000", "3", "3.0100", "not recorded", "-", "-"]
-    assert row(against, "cosine")[1] == "worse"
+    table = section(text_of(runs), "Table 1: the methods")
+    assert row(table, "cosine")[1:3] == ["2.1500 ± 0.0000 (5)", "0"]
+    assert row(table, "cosine")[5:] == ["worse", "1.50", "not recorded"]
     assert "cosine" in report.results_record(read_evidence(runs.parent, "tiny"))["methods"]
+
+
+def test_a_run_that_did_not_read_the_test_split_is_not_in_table_1(runs):
+    change(runs / "jel-s1" / "result.json", test_bpb=None)
+    text = text_of(runs)
+    assert row(section(text, "Table 1: the methods"), "JEL")[1].endswith("(4)")
+    assert row(section(text, "The same runs, as the paper shows them"), "JEL")[1].endswith("(5)")
 
 
 def test_what_cannot_be_compared_is_warned_of(runs):
     other = config(policy="elsewhere/policy.json", sf_lr=9)
     change(runs / "jel-s2" / "config.json", flags=other["flags"], num_iterations=300)
     change(runs / "schedule_free-s1" / "config.json", flags=other["flags"], data=other["data"] | {"sha256": "f" * 64})
-    change(runs / "meta" / "config.json", environment=other["environment"] | {"device": "a GPU"})
+    change(runs / "meta-s1" / "config.json", environment=other["environment"] | {"device": "a GPU"})
     warnings = [line for line in text_of(runs).splitlines() if line.startswith("**Warning:**")]
     for word in (
         "Data is not",
         "Run is not",
         "Device is not",
-        "Policy of the JEL runs is not",
-        "another policy",
-        "best in the sweep",
+        "Policies of the JEL runs are not",
+        "jel-s2: another policy",
+        "Schedule-free runs do not have the setting that was best in the sweep",
     ):
         assert sum(word in line for line in warnings) == 1, word
     assert len(warnings) == 6
@@ -321,20 +317,24 @@ def test_what_cannot_be_compared_is_warned_of(runs):
 
 def test_scale_is_that_of_the_runs_not_of_the_preset(runs):
     paper = runs.rename(runs.parent / "paper")
-    assert "not at the paper's scale" in text_of(paper)
+    text = text_of(paper)
+    assert "not at the paper's scale" in text and "exploratory" not in section(text, "Table 1: the methods")
     for path in paper.glob("*-s?/config.json"):
         flags = read_json(path)["flags"] | {"total_batch_size": 524_288}
         change(path, parameters=73_531_692, num_iterations=561, flags=flags)
     assert "at the paper's scale" in text_of(paper) and "not at the paper's scale" not in text_of(paper)
 
 
-def test_ablations_are_reported_when_there_are_any(runs):
+def test_further_evidence_is_reported_when_there_is_any(runs):
     assert "Ablations" not in text_of(runs)
-    grpo = {"what": "standard GRPO", "val_bpb": [2.4, 2.5], "note": "entropy | falls"}
-    write(runs / "ablations.json", [grpo, {"what": "4D actions", "val_bpb": [None]}])
-    table = section(text_of(runs), "Ablations and negative results")
-    assert r"| standard GRPO | 2.4500 | 0.0707 | 2 | +10.3% | entropy \| falls |" in table
-    assert row(table, "4D actions")[1] == "diverged" and row(table, "JEL as above")[4] == "+0.0%"
+    held = {"name": "own mean | held", "test_bpb": [2.4, 2.5], "run_equivalents": 0.0, "verdict": "no difference shown"}
+    write(runs / "evidence" / "equal_budget.json", [held])
+    write(runs / "evidence" / "ablations.json", [{**held, "name": "4D actions", "test_bpb": [None], "verdict": None}])
+    text = text_of(runs)
+    assert r"| own mean \| held | 2.4500 ± 0.0707 (2) | 0.0 | no difference shown |" in text
+    assert row(section(text, "Ablations and negative results"), "4D actions")[1] == "diverged"
+    assert "Controls at the same price: own mean | held: no difference shown." in first_paragraph(text)
+    assert report.results_record(read_evidence(runs.parent, "tiny"))["equal_budget"] == [held]
 
 
 # -----------------------------------------------------------------------------
@@ -362,13 +362,14 @@ def test_nothing_at_all_is_one_line(tmp_path, monkeypatch, capsys):
         ("jel-s1/result.json", "{"),
         ("jel-s1/result.json", '{"val_bpb": 1}'),
         ("jel-s1/config.json", "[]"),
-        ("meta/result.json", "{}"),
+        ("meta-s1/result.json", "{}"),
         ("sweep_schedule_free.json", '{"rows": {}, "best": 0}'),
         ("sweep_hand_tuned.json", '{"rows": [3], "best": 0}'),
-        ("ablations.json", "{}"),
+        ("evidence/ablations.json", "{}"),
     ],
 )
 def test_damaged_files_are_named(runs, name, content):
+    (runs / name).parent.mkdir(exist_ok=True)
     (runs / name).write_text(content)
     with pytest.raises(UserError, match=name) as e:
         text_of(runs)

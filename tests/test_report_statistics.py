@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.report.figures import meta_training_figure, multiplier_figure, validation_figure
+from scripts.report.render import markdown, plain
 from scripts.report.statistics import (
     compare,
     mean,
@@ -23,7 +24,7 @@ from scripts.report.statistics import (
     total,
     verdict,
 )
-from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3, markdown, number, plain
+from scripts.report.tables import ABSENT, PAPER_TABLE_1, PAPER_TABLE_3, number
 
 values = st.floats(0.5, 5)
 by_seed = st.dictionaries(st.integers(0, 6), values, min_size=2, max_size=7)
@@ -145,9 +146,12 @@ def test_figures_draw_what_they_are_given():
     band = whole.collections[0].get_paths()[0].vertices
     assert {2.0, 3.0} == {y for x, y in band if x == 10}
     validation_figure({"a": [{0: 4.0, 5: 1.0}], "b": [{0: 4.0, 90: 3.0}]}, {"a": "A", "b": "B"}, "")  # of other lengths
-    lr, _ = multiplier_figure([0.0, 0.5], [[1, 2], [2, 8], [9, 9]], [[1, 1]] * 3, "").axes
+    lr, wd = multiplier_figure([0.0, 0.5], [[1, 2], [2, 8], [9, 9]], [[1, 1]] * 3, (40.0, 1.0), "").axes
     assert lr.get_yscale() == "log"
-    assert [list(line.get_ydata()) for line in lr.lines[:2]] == [[2, 8], [9, 9]]  # median, last update
-    entropy, returns = meta_training_figure([0.9, 0.8], [1.0, 2.0], [3.0, 4.0], "").axes
-    assert entropy.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.8]]
+    drawn = [list(line.get_ydata()) for line in lr.lines]
+    assert drawn[:4] == [[1, 2], [2, 8], [9, 9], [2, 8]]  # three policies, their median
+    assert drawn[4] == [40.0, 40.0] and list(wd.lines[4].get_ydata()) == [1.0, 1.0]  # the best constant
+    multiplier_figure([0.0, 0.5], [[1, 2]], [[1, 1]], None, "")  # one seed, no constant
+    entropy, returns = meta_training_figure([[0.9, 0.8], [0.7, 0.6]], [[1.0, 2.0]], [[3.0, 4.0]], "").axes
+    np.testing.assert_allclose(entropy.lines[0].get_xydata(), [[1, 0.8], [2, 0.7]])
     assert [list(line.get_ydata()) for line in returns.lines] == [[3.0, 4.0], [1.0, 2.0]]

@@ -229,7 +229,7 @@ def test_the_lock_is_held_as_long_as_a_run_lives(tmp_path):
         (("--what", "schedule-free", "--policy", "p"), "--policy is for --what methods"),
         (("--what", "schedule-free", "--jobs", "0"), "--jobs is 0"),
         (("--what", "schedule-free", "--settings", "0"), "must be at least 1"),
-        (("--what", "best-constant", "--settings", "2"), "must be at least 3"),
+        (("--what", "best-constant", "--settings", "0"), "must be at least 1"),
         (("--what", "schedule-free-fair"), "first run: python -m scripts.sweep --preset smoke --what schedule-free"),
         (("--what", "hand-tuned", "--preset", "paper"), "paper's upper bound"),
         (("--what", "methods"), "first run: python -m scripts.sweep --preset smoke --what schedule-free"),
@@ -306,7 +306,7 @@ def test_the_best_constant_gets_as_many_runs_as_meta_training_costs(home, start,
         return True
 
     monkeypatch.setattr(sweep, "run_jobs", finish)
-    monkeypatch.setitem(PRESETS["smoke"], "sweep", {})  # whose settings are 3
+    monkeypatch.setitem(PRESETS["smoke"], "sweep", {})  # without its number of settings
     assert start("--what", "best-constant", "--seeds", "3") == 0
     written = json.loads((folder / "sweep_best_constant.json").read_text())
     assert planned == [runs - 2, runs] and written["runs"] == len(written["rows"]) == runs
@@ -319,7 +319,7 @@ def test_the_best_constant_gets_as_many_runs_as_meta_training_costs(home, start,
 
 
 def test_the_price_of_meta_training_has_to_be_known(start, home, monkeypatch):
-    monkeypatch.setitem(PRESETS["smoke"], "sweep", {})  # whose settings are 3
+    monkeypatch.setitem(PRESETS["smoke"], "sweep", {})  # without its number of settings
     with pytest.raises(UserError, match="meta-s42/result.json does not exist.*give --settings"):
         start("--what", "best-constant")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,14 @@ def exploration_noise(
         for k in range(1, K):
             noise[:, k] = correlation * noise[:, k - 1] + fresh * noise[:, k]
     return torch.stack([noise, -noise], dim=1).flatten(0, 1)[:E].contiguous() if antithetic else noise
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """How a group of episodes explores; by default as in the paper, every decision by itself."""
+
+    correlation: float = 0.0
+    antithetic: bool = False
+
+    def noise(self, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+        return exploration_noise(shape, generator, self.correlation, self.antithetic)

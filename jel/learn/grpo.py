@@ -63,7 +63,7 @@ class PolicyUpdate:
         returns: Callable[[Tensor, Tensor, float], Tensor] = discounted_returns,
         advantages: Callable[[Tensor, Tensor], Tensor] = group_advantages,
     ):
-        self.policy, self.gamma, self.clip, self.epochs = policy, gamma, clip, epochs
+        self.policy, self.lr, self.gamma, self.clip, self.epochs = policy, lr, gamma, clip, epochs
         self.minibatch_size, self.entropy_coef = minibatch_size, entropy_coef
         self.returns, self.advantages = returns, advantages
         self.generator = torch.Generator().manual_seed(seed)
@@ -75,8 +75,10 @@ class PolicyUpdate:
                 "exp_avg_sq": torch.zeros_like(p),
             }
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
+    def update(self, rollout: Rollout, lr_factor: float = 1.0) -> dict[str, float]:
         """Run the epochs over shuffled minibatches of the alive samples; the policy changes in place.
+
+        `lr_factor` times the policy's learning rate is this update's.
 
         Returns `loss` and `grad_norm` (means over the minibatches), and over the whole rollout, after the update,
         `entropy` (nats per action dimension), `approx_kl` (old to new, the estimate mean(ratio - 1 - log ratio)) and
@@ -88,6 +90,8 @@ class PolicyUpdate:
         if not alive.any():
             raise JelError("no episode of this update started with a finite probe loss; check the task, not the policy")
         advantages = self.advantages(self.returns(rollout.rewards, alive, self.gamma), alive)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_factor
         losses, norms = [], []
         for _ in range(self.epochs):
             for at in minibatches(alive, self.minibatch_size, self.policy.recurrent, self.generator):

@@ -10,6 +10,7 @@ import torch
 
 from jel.knobs import Multipliers
 from jel.learn.env import Env
+from jel.learn.exploration import Exploration
 from jel.learn.grpo import PolicyUpdate
 from jel.learn.rollout import RewardConfig, collect
 from jel.policy import GaussianPolicy, multiplier_table
@@ -22,6 +23,7 @@ class GroupConfig:
     episodes: int  # per update
     chunk: int  # of them side by side on this device
     reward: RewardConfig
+    exploration: Exploration = Exploration()
 
 
 class MetaTrainer:
@@ -38,11 +40,13 @@ class MetaTrainer:
         updater: PolicyUpdate,
         config: GroupConfig,
         seed: int,
+        policy_lr_factor: Callable[[int], float] = lambda update: 1.0,
         rank: int = 0,
         world_size: int = 1,
         stop_requested: Callable[[], bool] = lambda: False,
     ):
         self.env, self.policy, self.updater, self.config, self.seed = env, policy, updater, config, seed
+        self.policy_lr_factor = policy_lr_factor
         self.rank, self.world_size, self.stop_requested = rank, world_size, stop_requested
         self.updates = 0
 
@@ -51,7 +55,7 @@ class MetaTrainer:
         start, c = time.perf_counter(), self.config
         decisions, num_steps = self.env.decisions(self.updates), self.env.task.num_steps(self.updates)
         generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.updates) % 2**63)  # a stream per group
-        noise = torch.randn(c.episodes, len(decisions), self.policy.n_actions, generator=generator)
+        noise = c.exploration.noise((c.episodes, len(decisions), self.policy.n_actions), generator)
         rollout = collect(
             self.env,
             self.policy,
@@ -63,7 +67,7 @@ class MetaTrainer:
             self.world_size,
             self.stop_requested,
         )
-        stats = self.updater.update(rollout)
+        stats = self.updater.update(rollout, self.policy_lr_factor(self.updates))
         losses = rollout.probe_losses
         returns = self.updater.returns(rollout.rewards, rollout.alive, self.updater.gamma)[:, 0]  # (E,)
         whole = rollout.alive.all(dim=1) & losses.isfinite().all(dim=1)

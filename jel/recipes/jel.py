@@ -1,24 +1,26 @@
 """JEL assembled from its parts: progress, log-scale actions, group-relative policy gradients (paper 3).
 
-`paper` is the recipe of the paper's Table 2. A recipe is a set of choices and nothing more: what it chooses from lives
-in `jel.knobs`, `jel.features`, `jel.policy` and `jel.learn`.
+A recipe is a set of choices and nothing more: what it chooses from lives in `jel.knobs`, `jel.features`, `jel.policy`
+and `jel.learn`. The defaults are those of the paper's Table 2; `PER_GROUP` lists what our own recipe changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from jel.errors import JelError
 from jel.knobs import Knob
-from jel.learn.advantages import discounted_returns, group_advantages, standard_grpo_advantages
+from jel.learn.advantages import RETURNS, group_advantages, standard_grpo_advantages
 from jel.learn.env import Env
+from jel.learn.exploration import Exploration
 from jel.learn.grpo import PolicyUpdate
 from jel.learn.meta import GroupConfig, MetaTrainer
 from jel.learn.rollout import RewardConfig
+from jel.learn.search import SEARCHES, SearchTrainer
 from jel.policy import GaussianPolicy
 from jel.tasks.base import Task
 
@@ -27,32 +29,57 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "standard": standard_grpo_advantages,  # with GRPO's length and variance normalisation, the ablation of 4.4
 }
 
+# What the recipe `jel` changes in the paper's: corrections for some param groups around the shared multipliers, noise
+# that hardly changes within an episode, in antithetic pairs, and one return for all decisions of an episode.
+PER_GROUP = {
+    "corrections": "groups",
+    "noise_correlation": 0.9,
+    "antithetic": 1,
+    "returns": "total",
+    "policy_lr_schedule": "linear",
+}
+
 
 @dataclass(frozen=True)
 class JelRecipe:
     """The choices of JEL, by default those of the paper (Table 2)."""
 
     action_range: float = 100.0  # multipliers lie in [1 / this, this]
+    # sets of param groups whose learning rate has a correction of its own, by the name of its knob
+    corrections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    correction_range: float = 10.0
     features: tuple[str, ...] = ("progress",)
     hidden: int = 64
     initial_log_std: float = -0.5
     policy_lr: float = 3e-4
+    policy_lr_schedule: str = "constant"  # or "linear", to 0 at the last update
+    updates: int = 50
     gamma: float = 0.99
     clip: float = 0.2
     epochs: int = 4
     minibatch_size: int = 64
     entropy_coef: float = 0.0
+    returns: str = "reward-to-go"
     advantages: str = "group"
+    exploration: Exploration = Exploration()
     episodes: int = 8  # per update
     decision_interval: int = 50  # steps
     reward: RewardConfig = RewardConfig()
 
     def knobs(self) -> tuple[Knob, ...]:
-        """One multiplier on every group's learning rate, one on its weight decay (3.3)."""
-        if not 1 < self.action_range <= 1e6:
-            raise JelError(f"action_range is {self.action_range}; it must lie above 1, and be at most 1e6")
+        """One multiplier on every group's learning rate, one on its weight decay (3.3), and the corrections.
+
+        A correction multiplies the shared learning rate, so that exploring takes few dimensions however many groups
+        there are: groups without one follow the shared multiplier.
+        """
+        for name, value in (("action_range", self.action_range), ("correction_range", self.correction_range)):
+            if not 1 < value <= 1e6:
+                raise JelError(f"{name} is {value}; it must lie above 1, and be at most 1e6")
         bounds = (1 / self.action_range, self.action_range)
-        return Knob("lr", "lr", bounds=bounds), Knob("weight_decay", "weight_decay", bounds=bounds)
+        around = (1 / self.correction_range, self.correction_range)
+        shared = Knob("lr", "lr", bounds=bounds), Knob("weight_decay", "weight_decay", bounds=bounds)
+        own = [Knob(name, "lr", tuple(groups), bounds=around) for name, groups in self.corrections.items()]
+        return *shared, *own
 
     def policy(self, seed: int) -> GaussianPolicy:
         return GaussianPolicy(self.knobs(), self.features, self.hidden, seed, self.initial_log_std)
@@ -70,7 +97,7 @@ class JelRecipe:
             minibatch_size=self.minibatch_size,
             entropy_coef=self.entropy_coef,
             seed=seed,
-            returns=discounted_returns,
+            returns=RETURNS[self.returns],
             advantages=ADVANTAGES[self.advantages],
         )
 
@@ -79,7 +106,14 @@ class JelRecipe:
     ) -> MetaTrainer:
         """The whole meta-training loop over `task`; `where`: rank, world_size and stop_requested of `MetaTrainer`."""
         policy = self.policy(policy_seed)
-        config = GroupConfig(self.episodes, chunk, self.reward)
+        config = GroupConfig(self.episodes, chunk, self.reward, self.exploration)
+        decay = (lambda update: 1 - update / self.updates) if self.policy_lr_schedule == "linear" else (lambda _: 1.0)
         return MetaTrainer(
-            self.env(task, policy), policy, self.updater(policy, shuffle_seed), config, action_seed, **where
+            self.env(task, policy), policy, self.updater(policy, shuffle_seed), config, action_seed, decay, **where
         )
+
+    def searcher(self, method: str, task: Task, seed: int, chunk: int, **where: Any) -> SearchTrainer:
+        """A search of `SEARCHES` over the same knobs and episodes, constants instead of a learned schedule."""
+        policy, config = self.policy(seed), GroupConfig(self.episodes, chunk, self.reward, self.exploration)
+        make = lambda: SEARCHES[method](policy.n_actions, self.episodes, seed)
+        return SearchTrainer(self.env(task, policy), policy, make, config, **where)

@@ -33,6 +33,19 @@ def uniform_base(model: GPT, lr: float, weight_decay: float) -> MuonAdamW:
     return optimizer
 
 
+def tuned_base(model: GPT, **settings: float) -> MuonAdamW:
+    """A base with a rate for every group, as `GPT.setup_optimizer` makes it from these settings."""
+    return model.setup_optimizer(**settings)
+
+
+# Param groups that may want another learning rate than the block matrices': corrections around the shared multiplier.
+CORRECTIONS = {
+    "embeddings": ("wte", "value_embeds"),
+    "head": ("lm_head",),
+    "scalars": ("resid_lambdas", "x0_lambdas"),
+}
+
+
 def group_names(config: GPTConfig) -> tuple[str, ...]:
     """The names of the param groups of a model of this shape."""
     with torch.device("meta"):

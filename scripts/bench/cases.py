@@ -1,6 +1,7 @@
 """What the benchmark times: each case is built from its spec and returns a function that runs one turn of it.
 
-The hook stands in `hook`, episodes in `case_episodes`, text to batches in `case_data`. R runs, B rows of a batch, T time.
+The hook stands in `hook`, episodes in `case_episodes`, text to batches in `case_data`.
+R runs, B rows of a batch, T time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import rustbpe
 import torch
 
-from jel import IDENTITY, Controller, PolicyController, apply_multipliers
+from jel import IDENTITY, Controller, PolicyController, apply_multipliers, as_decision
 from jel.learn.workers import ParallelTask
 from jel.tasks.pretrain import PretrainTask, group_names, uniform_base
 from nanochat.common import Compute, base_dir
@@ -51,7 +52,7 @@ def hook(groups: list[dict], step: int, controller: Controller | None, multiplie
     """The hook of `base_train` at this step: base schedule, controller, param groups. Returns the multipliers."""
     base = base_hparams(groups, step % RUN_STEPS, RUN_STEPS, **SCHEDULE)
     if controller and step % DECISION_INTERVAL == 0:
-        multipliers = controller.decide({"progress": step % RUN_STEPS / RUN_STEPS})
+        multipliers = as_decision(controller.decide({"progress": step % RUN_STEPS / RUN_STEPS})).multipliers
     apply_multipliers(groups, base, guard.limit(multipliers))
     return multipliers
 
@@ -219,7 +220,7 @@ def case_data(spec: dict, compute: Compute) -> Callable[[], dict]:
 
 def loader_rate(cache: TokenCache, rows: int, T: int, seconds: float, compute: Compute) -> float:
     """Tokens/s of a training loader, once its rows are planned."""
-    loader = DataLoader(cache, "train", rows, T, compute.device)
+    loader = DataLoader(cache, "train", rows, T, compute.device, seed=0)
     for i in range(64):  # these plan the rows
         loader.get(i)
     begin, n = time.perf_counter(), 0

@@ -104,7 +104,7 @@ def growth_figure(curves: Mapping[str, Mapping], title: str) -> Figure:
 
     Over threads and ranks the dashed line falls: a cost divided by their number.
     """
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(2, -(-len(curves) // 2)).flat
     for (axis, found), axes in zip(curves.items(), panels):  # in this order zip takes no panel too many
         sizes, costs = np.array(found["sizes"]), np.array(found["costs"])
@@ -125,5 +125,6 @@ def growth_figure(curves: Mapping[str, Mapping], title: str) -> Figure:
             scale.set_minor_locator(NullLocator())
     for axes in [*panels]:
         axes.set_axis_off()
+    title = f"{title}. Points: measured; line: fit; dashed: in proportion"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure

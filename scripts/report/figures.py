@@ -1,7 +1,7 @@
 """The report's figures: plain data in, a matplotlib Figure out. Equal data give equal files, byte for byte.
 
-U meta-training updates, K decisions. Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines
-differ in their dashes as well.
+S seeds (each with a policy of its own), U meta-training updates, K decisions. Colours are Okabe and Ito's, which
+colour-blind readers can tell apart; lines differ in their dashes as well.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ STYLE = [
     },
 ]
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+PURPLE, SKY, BLACK = "#cc79a7", "#56b4e9", "#000000"
 LINES = {
     "jel": (VERMILION, "-"),
     "schedule_free": (BLUE, "--"),
     "hand_tuned": (GREEN, "-."),
+    "best_constant": (ORANGE, (0, (6, 1, 1, 1))),
     "suboptimal": ("#777777", ":"),
 }
-MORE_LINES = [(PURPLE, (0, (5, 1))), (ORANGE, (0, (3, 1, 1, 1))), (SKY, (0, (1, 1)))]
+MORE_LINES = [(PURPLE, (0, (5, 1))), (SKY, (0, (1, 1))), (BLACK, (0, (3, 1, 1, 1)))]
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
@@ -111,28 +113,28 @@ def validation_figure(
 
 @matplotlib.style.context(STYLE)
 def multiplier_figure(
-    progress: Sequence[float], lr: Sequence[Sequence[float]], weight_decay: Sequence[Sequence[float]], subtitle: str
+    progress: Sequence[float],
+    lr: Sequence[Sequence[float]],
+    weight_decay: Sequence[Sequence[float]],
+    constant: tuple[float, float] | None,
+    subtitle: str,
 ) -> Figure:
-    """The policy's multipliers at its K decisions: median and quartiles over U updates, and the last policy's.
+    """The final policies' multipliers at their K decisions: each seed's, their median and quartiles.
 
-    `progress` (K,), `lr` and `weight_decay` (U, K), each as it was after the update.
+    `progress` (K,), `lr` and `weight_decay` (S, K). `constant`: the best constant's two multipliers, drawn beside them.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     panels = figure.subplots(1, 2, sharey=True)
-    spread = f"25-75% of {len(lr)} update{'s' * (len(lr) != 1)}"
-    for axes, name, values, color in zip(panels, ("lr", "weight_decay"), (lr, weight_decay), (VERMILION, BLUE)):
+    drawn = zip(panels, ("lr", "weight_decay"), (lr, weight_decay), (VERMILION, BLUE), constant or (None, None))
+    for axes, name, values, color, held in drawn:
         low, median, high = quartiles(values)
-        axes.fill_between(progress, low, high, color=color, alpha=0.2, linewidth=0, label=spread)
-        axes.plot(progress, median, color=color, marker="o", markersize=3.5, label="median of the updates")
-        axes.plot(
-            progress,
-            values[-1],
-            color=INK,
-            linestyle=(0, (4, 2)),
-            linewidth=1.4,
-            label=f"policy after update {len(lr)}",
-        )
+        axes.fill_between(progress, low, high, color=color, alpha=0.2, linewidth=0, label="25-75% of the seeds")
+        for i, policy in enumerate(values):
+            axes.plot(progress, policy, color=color, linewidth=0.7, alpha=0.6, label="" if i else "a seed's policy")
+        axes.plot(progress, median, color=color, marker="o", markersize=3.5, label=f"median of {len(values)} seeds")
+        if held is not None:
+            axes.axhline(held, color=INK, linestyle=(0, (4, 2)), linewidth=1.4, label="best constant")
         axes.axhline(1, color="#999999", linewidth=0.8, zorder=1)
         axes.set(yscale="log", xlim=(-0.015, 1), xlabel="progress t/T", title=f"{name.replace('_', ' ')} multiplier")
         axes.legend(loc="best")
@@ -151,21 +153,28 @@ def multiplier_figure(
 
 @matplotlib.style.context(STYLE)
 def meta_training_figure(
-    entropy: Sequence[float], return_mean: Sequence[float], return_best: Sequence[float], subtitle: str
+    entropy: Sequence[Sequence[float]],
+    return_mean: Sequence[Sequence[float]],
+    return_best: Sequence[Sequence[float]],
+    subtitle: str,
 ) -> Figure:
-    """Entropy (nats per action dimension) and the episodes' returns, by update: three (U,)."""
+    """Entropy (nats per action dimension) and the episodes' returns by update: mean and range of the seeds; (S, U)."""
     figure = Figure(figsize=(9, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    updates = np.arange(1, len(entropy) + 1)
-    left.plot(updates, entropy, color=GREEN, marker=".")
+    for axes, values, color, dashes, name in (
+        (left, entropy, GREEN, "-", None),
+        (right, return_best, BLUE, "--", "best of the group"),
+        (right, return_mean, VERMILION, "-", "mean of the group"),
+    ):
+        x = np.asarray(values, dtype=np.float64)  # (S, U)
+        updates = np.arange(1, x.shape[1] + 1)
+        axes.fill_between(updates, x.min(0), x.max(0), color=color, alpha=0.18, linewidth=0)
+        axes.plot(updates, x.mean(0), color=color, linestyle=dashes, marker=".", label=name)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     left.set(title="policy entropy, nats per action dimension", xlabel="update")
     low, high = left.get_ylim()
     left.set_ylim(min(low, 0), max(high, 1))  # a collapse is a fall to below 0, not a wiggle
-    right.plot(updates, return_best, color=BLUE, linestyle="--", marker=".", label="best of the group")
-    right.plot(updates, return_mean, color=VERMILION, marker=".", label="mean of the group")
     right.set(title="discounted return, nats of probe loss", xlabel="update")
     right.legend(loc="best")
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
     return figure

@@ -59,9 +59,8 @@ def flags() -> argparse.ArgumentParser:
 def main() -> int:
     args = parse_with_preset(flags(), "sweep")
     folder = base_dir() / "runs" / args.preset
-    if args.settings is not None and args.settings < (3 if args.what == "best-constant" else 1):
-        least = "at least 3 with best-constant, two of them for the weight decay" if args.settings > 0 else "at least 1"
-        raise UserError(f"--settings is {args.settings}; it must be {least}")
+    if args.settings is not None and args.settings < 1:
+        raise UserError(f"--settings is {args.settings}; it must be at least 1")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names a seed twice; give each once")
     if args.what == "hand-tuned" and args.preset == "paper":
@@ -87,8 +86,9 @@ def main() -> int:
     elif args.what == "hand-tuned":
         jobs = plan.hand_tuned()[: args.settings]
     elif args.what == "best-constant":
-        later = len(WD_MULTIPLIERS)
-        multipliers = lr_multipliers((args.settings or meta_training_runs(folder, args.seeds[0])) - later)
+        runs = args.settings or meta_training_runs(folder, args.seeds[0])
+        later = min(len(WD_MULTIPLIERS), runs - 1)
+        multipliers = lr_multipliers(runs - later)
         base = every_run.base_lr, every_run.base_wd
         jobs = [plan.constant(i, lr, 1.0, *base) for i, lr in enumerate(multipliers)]
     else:
@@ -107,14 +107,14 @@ def main() -> int:
         if len(rows) < len(jobs):
             # Here rather than in the first runs, so that its progress and its errors are seen.
             TokenCache.build(resolve_data(every_run.data), Tokenizer.load(tokenizer_folder(every_run.tokenizer)))
-        devices = find_devices(args, every_run, len(jobs))
+        devices = find_devices(args, every_run, max(len(jobs), later))
         each = f"{devices.nproc} of {len(devices.gpus)} GPUs" if devices.gpus else f"{devices.nproc} x 1 thread"
-        many = f"{len(jobs) + later} runs, {len(rows)} done already" + f"; {later} follow the others" * (later > 0)
+        many = f"{len(jobs)} runs, {len(rows)} done already" + f", {later} more after them" * (later > 0)
         print0(f"{args.what}: {many}; {devices.jobs} side by side, {each} each")
         done = run_jobs(jobs, rows, steps, devices, lock)
         if done and later and (winner := best_of(jobs, rows)) is not None:
             lr, n = jobs[winner].setting["lr_multiplier"], len(jobs)
-            jobs += [plan.constant(n + i, lr, wd, *base) for i, wd in enumerate(WD_MULTIPLIERS)]
+            jobs += [plan.constant(n + i, lr, wd, *base) for i, wd in enumerate(WD_MULTIPLIERS[:later])]
             rows |= {job.tag: row for job in jobs[n:] if (row := row_of(job))}
             done = run_jobs(jobs, rows, steps, devices, lock)
         if not done:

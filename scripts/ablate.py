@@ -1,0 +1,201 @@
+"""What each part of the recipe is worth: learn again with one thing changed, deploy, compare with JEL seed by seed.
+
+    python -m scripts.ablate --preset tiny                    every row; finished ones are skipped
+    python -m scripts.ablate --preset tiny paper cma          some rows, by name
+    python -m scripts.ablate --list                           the rows
+
+Needs the runs of `scripts.sweep --what methods` (JEL's own). A row learns one policy a seed and deploys it, several
+seeds side by side, in runs/<preset>/ablate/<name>/; the tables are runs/<preset>/evidence/{ablations,equal_budget,
+transfer}.json, which scripts.report reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jel.errors import JelError
+from jel.policy import load_policy, multiplier_table
+from jel.schedule import FORMAT, VERSION, save_schedule
+from nanochat.common import UserError, base_dir, print0, run_main
+from nanochat.files import read_json, write_json
+from nanochat.preemption import REQUEUE_EXIT_CODE
+from scripts.presets import add_preset_flag, parse_with_preset
+from scripts.report.costs import in_runs
+from scripts.report.evidence import read_evidence
+from scripts.report.statistics import compare
+from scripts.runs import run_folder
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: what to change in meta-training (None: JEL's own policy is used), and in deployment."""
+
+    what: str
+    learn: list[str] | None = None
+    deploy: tuple[str, ...] = ()
+    control: tuple[str, ...] = ("--hparams", "uniform", "--controller", "jel")
+
+
+ABLATIONS = {
+    "paper": Row("the paper's recipe", ["--recipe", "paper"]),
+    "paper-grpo": Row("the paper's recipe, standard GRPO", ["--recipe", "paper", "--advantages", "standard"]),
+    "paper-corrections": Row("the paper's recipe with corrections", ["--recipe", "paper", "--corrections", "groups"]),
+    "no-corrections": Row("no corrections for groups", ["--corrections", "none"]),
+    "independent-noise": Row("independent noise", ["--noise-correlation", "0"]),
+    "no-pairs": Row("no antithetic pairs", ["--antithetic", "0"]),
+    "reward-to-go": Row("reward-to-go returns", ["--returns", "reward-to-go"]),
+    "constant-rate": Row("constant policy rate", ["--policy-lr-schedule", "constant"]),
+    "range-10": Row("multipliers within 10", ["--action-range", "10"]),
+    "16-episodes": Row("16 episodes a group, half as many groups", ["--episodes", "16", "--updates", "6"]),
+    "entropy": Row("entropy coefficient 0.01", ["--entropy-coef", "0.01"]),
+    "own-starts": Row("starts of their own", ["--episode-starts", "own"]),
+    "smooth": Row("smoothness penalty 0.1", ["--smoothness-penalty", "0.1"]),
+    "gradient": Row("gradient penalty 0.1", ["--gradient-penalty", "0.1"]),
+    "sees-loss": Row("observes the probe loss too", ["--features", "progress", "log_probe_loss"]),
+    "sees-gradient": Row("observes the gradient norm too", ["--features", "progress", "log_grad_norm"]),
+    "no-warmdown": Row("base without warm-down", ["--warmdown-ratio", "0"], ("--warmdown-ratio", "0")),
+}
+EQUAL_BUDGET = {
+    "random": Row("random search over the same constants", ["--method", "random"]),
+    "cma": Row("CMA-ES over the same constants", ["--method", "cma"]),
+    "own-mean": Row("JEL's own mean decision, held", None, (), ("--hparams", "uniform", "--controller", "schedule")),
+}
+TRANSFER = {
+    "depth-x2": Row("twice the depth", None, ("--depth", "4", "--aspect-ratio", "16")),
+    "width-x2": Row("twice the width", None, ("--aspect-ratio", "64")),
+    "steps-x4": Row("4x the steps", None, ("--num-iterations", "1000", "--eval-every", "0")),
+    "batch-half": Row("half the batch", None, ("--total-batch-size", "1024", "--device-batch-size", "8")),
+    "batch-x2": Row("twice the batch", None, ("--total-batch-size", "4096")),
+    "batch-x4": Row("4x the batch", None, ("--total-batch-size", "8192")),
+}
+TABLES = {"ablations": ABLATIONS, "equal_budget": EQUAL_BUDGET, "transfer": TRANSFER}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_preset_flag(parser)
+    every = [name for table in TABLES.values() for name in table]
+    parser.add_argument("names", nargs="*", metavar="NAME", help="rows; default: all")
+    parser.add_argument("--list", action="store_true", help="print the rows, and run nothing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
+    parser.add_argument("--jobs", type=int, default=-1, help="seeds side by side, a thread each; -1 = one a core")
+    parser.add_argument("--data", help="as in base_train; default: the preset's")
+    args = parse_with_preset(parser, "ablate")
+    if args.list:
+        for table, rows in TABLES.items():
+            print0(*(f"{table:>12}  {name:<20}{row.what}" for name, row in rows.items()), sep="\n")
+        return 0
+    if unknown := set(args.names) - set(every):
+        raise UserError(f"there is no row {', '.join(sorted(unknown))}; see python -m scripts.ablate --list")
+    folder, chosen = base_dir() / "runs" / args.preset, args.names or every
+    if torch.cuda.is_available():
+        jobs = 1
+    else:
+        jobs = args.jobs if args.jobs > 0 else os.cpu_count() or 1
+    for done, name in enumerate(chosen):
+        table = next(table for table, rows in TABLES.items() if name in rows)
+        print0(f"row {done + 1} of {len(chosen)}: {name} ({TABLES[table][name].what}), {len(args.seeds)} seeds")
+        with ThreadPoolExecutor(jobs) as pool:
+            finished = list(pool.map(lambda seed, n=name, t=table: run_row(args, folder, t, n, seed), args.seeds))
+        if not all(finished):
+            print0("stopped; run the same command again to go on")
+            return REQUEUE_EXIT_CODE
+        record(args, folder, table, name)
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# a row with one seed
+
+
+def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed: int) -> bool:
+    """Learn and deploy; False if a signal stopped it. Finished parts are skipped."""
+    row, tag = TABLES[table][name], f"{args.preset}/ablate/{name}"
+    common = ["--preset", args.preset, "--seed", str(seed), "--resume", "auto"]
+    common += ["--data", args.data] if args.data else []
+    policy = folder / f"meta-s{seed}" / "policy"
+    if row.learn is not None:
+        meta = f"{tag}/meta-s{seed}"
+        command = ["scripts.meta_train", *common, "--episode-workers", "1", *row.learn, "--model-tag", meta]
+        if not run(command, run_folder(meta)):
+            return False
+        policy = run_folder(meta) / "policy"
+    if "schedule" in row.control:
+        policy = held_mean(policy, run_folder(tag) / f"mean-s{seed}.json")
+    deployed = f"{tag}/s{seed}"
+    command = ["scripts.base_train", *common, *row.control, "--policy", str(policy), *row.deploy]
+    return run([*command, "--eval-every", "0", "--model-tag", deployed], run_folder(deployed))
+
+
+def run(command: list[str], folder: Path) -> bool:
+    """Run a module in a process of one thread. Raises `UserError` naming its output if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / "output.txt", "w") as output:
+        code = subprocess.run(
+            [sys.executable, "-m", *command], stdout=output, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    if code not in (0, REQUEUE_EXIT_CODE):
+        raise UserError(f"{folder} failed with exit status {code}; all it printed is in {folder / 'output.txt'}")
+    return code == 0
+
+
+def held_mean(policy_path: Path, path: Path) -> Path:
+    """A schedule of one decision: the geometric mean over progress of a policy's multipliers."""
+    policy, _ = load_policy(policy_path)
+    rows = [row["multipliers"] for row in multiplier_table(policy, [i / 50 for i in range(50)])]
+    mean = {
+        group: {key: float(torch.tensor([r[group][key] for r in rows]).log().mean().exp()) for key in rows[0][group]}
+        for group in rows[0]
+    }
+    decisions = [{"progress": 0.0, "multipliers": mean}]
+    save_schedule(
+        {"format": FORMAT, "version": VERSION, "source": f"mean of {policy_path}", "decisions": decisions}, path
+    )
+    return path
+
+
+# -----------------------------------------------------------------------------
+# the tables
+
+
+def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> None:
+    """Write the row into its table, with JEL's verdict against it by the paired difference."""
+    evidence, row = read_evidence(base_dir() / "runs", args.preset), TABLES[table][name]
+    results, price = {}, []
+    for seed in args.seeds:
+        tag = run_folder(f"{args.preset}/ablate/{name}")
+        results[seed] = read_json(tag / f"s{seed}" / "result.json", "result")
+        if row.learn is not None:
+            price.append(read_json(tag / f"meta-s{seed}" / "result.json", "result")["flops"])
+        elif seed in evidence.meta and evidence.meta[seed].result:
+            price.append(evidence.meta[seed].result["flops"])
+    bpb = {seed: result["test_bpb"] for seed, result in results.items()}
+    verdict = "-"
+    if table != "transfer":  # another length, batch or model: JEL's own runs are no comparison
+        c = compare(evidence.results("jel", "test_bpb"), bpb)
+        spread = "" if c.interval is None else " ({:+.4f} [{:+.4f}, {:+.4f}])".format(c.difference, *c.interval)
+        verdict = f"JEL is {c.verdict}{spread}" if c.verdict in ("better", "worse") else c.verdict + spread
+    found = {
+        "name": row.what,
+        "test_bpb": [bpb[seed] for seed in args.seeds],
+        "run_equivalents": in_runs(evidence, sum(price) / len(price)) if price else None,
+        "verdict": verdict,
+    }
+    path = folder / "evidence" / f"{table}.json"
+    rows = [r for r in (read_json(path) if path.exists() else []) if r["name"] != row.what]
+    order = [r.what for r in TABLES[table].values()]
+    write_json(path, sorted([*rows, found], key=lambda r: order.index(r["name"])))
+    print0(f"  {row.what}: {', '.join(f'{v:.4f}' for v in found['test_bpb'])}; {verdict}")
+
+
+if __name__ == "__main__":
+    run_main(main, JelError)

@@ -1,0 +1,40 @@
+"""The base setting: flags that base_train and meta_train share, and the learning rates they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+HPARAM_NAMES = ["embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "base_lr", "base_wd"]
+
+
+def add_hparam_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """`default`: hand-tuned or uniform."""
+    flag = parser.add_argument
+    what = "per-group rates, or one for all (--base-lr, --base-wd)"
+    flag("--hparams", choices=["hand-tuned", "uniform"], default=default, help=what)
+    flag("--embedding-lr", type=float, default=0.3)
+    flag("--unembedding-lr", type=float, default=0.004)
+    flag("--matrix-lr", type=float, default=0.02)
+    flag("--scalar-lr", type=float, default=0.5)
+    flag("--weight-decay", type=float, default=0.2, help="Muon's, at depth 12; scaled by (12 / depth)^2")
+    flag("--adam-beta1", type=float, default=0.8)
+    flag("--adam-beta2", type=float, default=0.95)
+    what = "hand-tuned rates x sqrt(batch tokens / 2^19), or as they are"
+    flag("--lr-batch-rule", choices=["sqrt", "none"], default="sqrt", help=what)
+    flag("--total-batch-size", type=int, default=524288, help="tokens per optimizer step of the run, over all ranks")
+    flag("--base-lr", type=float, default=1e-3, help="--hparams uniform: every group's rate")
+    flag("--base-wd", type=float, default=1e-2, help="--hparams uniform: every group's weight decay")
+
+
+def tuned_settings(args: argparse.Namespace) -> dict:
+    """The arguments of `GPT.setup_optimizer` for --hparams hand-tuned."""
+    batch_scale = math.sqrt(args.total_batch_size / 2**19) if args.lr_batch_rule == "sqrt" else 1.0
+    return {
+        "unembedding_lr": args.unembedding_lr * batch_scale,
+        "embedding_lr": args.embedding_lr * batch_scale,
+        "matrix_lr": args.matrix_lr * batch_scale,
+        "scalar_lr": args.scalar_lr * batch_scale,
+        "weight_decay": args.weight_decay * (12 / args.depth) ** 2,
+        "adam_betas": (args.adam_beta1, args.adam_beta2),
+    }
