@@ -29,6 +29,7 @@ from jel.learn.search import SEARCHES, SearchTrainer
 from jel.learn.workers import ParallelTask
 from jel.policy import save_policy
 from jel.recipes.jel import ADVANTAGES, JelRecipe
+from jel.tasks.base import Task
 from jel.tasks.pretrain import (
     CORRECTIONS,
     PretrainTask,
@@ -85,12 +86,7 @@ def flags() -> argparse.ArgumentParser:
     # an episode
     flag("--num-iterations", type=int, default=561, help="steps of an episode")
     flag("--episode-seq-len", type=int, default=128)
-    flag(
-        "--episode-batch-size",
-        type=int,
-        default=32,
-        help="rows per step and episode; x --episode-seq-len = 4,096 tokens",
-    )
+    flag("--episode-batch-size", type=int, default=32, help="rows per step and episode")
     flag("--decision-interval", type=int, default=50, help="steps")
     # the base that multipliers act on: that of the run they are for
     add_hparam_flags(parser, "uniform")
@@ -120,12 +116,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--antithetic", type=int, choices=[0, 1], default=0, help="1: episodes in pairs of opposite noise")
     flag("--updates", type=int, default=50)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
-    flag(
-        "--episode-chunk",
-        type=int,
-        default=-1,
-        help="episodes side by side on a device; -1 = as many as fit its free memory",
-    )
+    flag("--episode-chunk", type=int, default=-1, help="episodes side by side on a device; -1 = as many as fit")
     flag(
         "--episode-workers",
         type=int,
@@ -166,54 +157,13 @@ SEEDS = {
     "shuffle": "minibatches",
     "action": "actions",
 }  # of the trainer: the names they derive from
-MAY_CHANGE = {
-    "resume",
-    "run",
-    "model_tag",
-    "save_every",
-    "device_type",
-    "episode_chunk",
-    "episode_workers",
-}  # ... when a run goes on
+# what may differ when a run goes on
+MAY_CHANGE = set("resume run model_tag save_every device_type episode_chunk episode_workers".split())
 
 
 def main() -> int:
     args = parse_with_preset(flags(), "meta_train")
-    check_model(args)
-    check_numbers(
-        args,
-        {
-            (1, LARGEST): [
-                "num_iterations",
-                "episode_seq_len",
-                "episode_batch_size",
-                "decision_interval",
-                "probe_batches",
-                "updates",
-                "episodes",
-                "ppo_epochs",
-                "minibatch_size",
-                "policy_hidden",
-                "save_every",
-            ],
-            (0, LARGEST): [
-                *HPARAM_NAMES,
-                "final_lr_frac",
-                "gradient_penalty",
-                "smoothness_penalty",
-                "nan_penalty",
-                "policy_lr",
-                "clip",
-                "entropy_coef",
-            ],
-            (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma", "noise_correlation"],
-        },
-    )
-    if args.decision_interval > args.num_iterations:
-        print0(
-            f"warning: a decision every {args.decision_interval} steps is more than the episode's "
-            f"{args.num_iterations}: one decision an episode"
-        )
+    check_flags(args)
 
     # -------------------------------------------------------------------------
     # init
@@ -241,67 +191,12 @@ def main() -> int:
         vocab_size=tokenizer.vocab_size,
         window_pattern=args.window_pattern,
     )
-    schedule = {
-        "warmup_ratio": args.warmup_ratio,
-        "warmdown_ratio": args.warmdown_ratio,
-        "final_lr_frac": args.final_lr_frac,
-        "final_wd_frac": 0.0,
-    }
-    share = -(-args.episodes // compute.world_size)
-    each, free = episode_bytes(config, args.episode_batch_size), least_over_ranks(free_bytes(compute.device), compute)
-    chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
-    workers = min(chunk, workers_for(args.episode_workers, compute))
-    print0(
-        f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in "
-        f"{workers} process{'es' * (workers > 1)} (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
-    )
-    if args.hparams == "uniform":
-        make_base = partial(uniform_base, lr=args.base_lr, weight_decay=args.base_wd)
-    else:
-        make_base = partial(tuned_base, **tuned_settings(args))
-    make_task = partial(
-        PretrainTask,
-        config,
-        cache,
-        compute,
-        num_steps=args.num_iterations,
-        batch_size=args.episode_batch_size,
-        probe_batches=args.probe_batches,
-        make_optimizer=make_base,
-        schedule=schedule,
-        seed=args.seed,
-        shared=args.episode_starts == "shared",
-    )
-    if workers == 1:
-        task = make_task()
-    else:
-        task = ParallelTask(make_task, workers, group_names(config), partial(same_length, args.num_iterations))
+    task, chunk, workers = make_episodes(args, config, cache, compute)
 
     # -------------------------------------------------------------------------
-    # the policy and its training
+    # the policy and how it is found
 
-    recipe = JelRecipe(
-        action_range=args.action_range,
-        corrections=CORRECTIONS if args.corrections == "groups" else {},
-        correction_range=args.correction_range,
-        features=tuple(args.features),
-        hidden=args.policy_hidden,
-        initial_log_std=args.initial_log_std,
-        policy_lr=args.policy_lr,
-        policy_lr_schedule=args.policy_lr_schedule,
-        updates=args.updates,
-        gamma=args.gamma,
-        clip=args.clip,
-        epochs=args.ppo_epochs,
-        minibatch_size=args.minibatch_size,
-        entropy_coef=args.entropy_coef,
-        returns=args.returns,
-        advantages=args.advantages,
-        exploration=Exploration(args.noise_correlation, bool(args.antithetic)),
-        episodes=args.episodes,
-        decision_interval=args.decision_interval,
-        reward=RewardConfig(args.gradient_penalty, args.smoothness_penalty, args.nan_penalty),
-    )
+    recipe = make_recipe(args)
     where = {"rank": compute.rank, "world_size": compute.world_size, "stop_requested": stop.requested}
     trainer: MetaTrainer | SearchTrainer
     if args.method == "jel":
@@ -407,6 +302,97 @@ def main() -> int:
     compute.barrier()  # gloo aborts in a rank that tears down after another has gone
     print0(f"done: {args.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
     return 0
+
+
+# -----------------------------------------------------------------------------
+# what main assembles
+
+
+def make_episodes(
+    args: argparse.Namespace, config: GPTConfig, cache: TokenCache, compute: Compute
+) -> tuple[Task, int, int]:
+    """(task, episodes side by side on this rank, processes that share them)."""
+    schedule = {
+        "warmup_ratio": args.warmup_ratio,
+        "warmdown_ratio": args.warmdown_ratio,
+        "final_lr_frac": args.final_lr_frac,
+        "final_wd_frac": 0.0,
+    }
+    share = -(-args.episodes // compute.world_size)
+    each, free = episode_bytes(config, args.episode_batch_size), least_over_ranks(free_bytes(compute.device), compute)
+    chunk = args.episode_chunk if args.episode_chunk > 0 else max(1, min(share, int(0.8 * free / each)))
+    workers = min(chunk, workers_for(args.episode_workers, compute))
+    print0(
+        f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in "
+        f"{workers} process{'es' * (workers > 1)} (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
+    )
+    if args.hparams == "uniform":
+        make_base = partial(uniform_base, lr=args.base_lr, weight_decay=args.base_wd)
+    else:
+        make_base = partial(tuned_base, **tuned_settings(args))
+    make_task = partial(
+        PretrainTask,
+        config,
+        cache,
+        compute,
+        num_steps=args.num_iterations,
+        batch_size=args.episode_batch_size,
+        probe_batches=args.probe_batches,
+        make_optimizer=make_base,
+        schedule=schedule,
+        seed=args.seed,
+        shared=args.episode_starts == "shared",
+    )
+    if workers == 1:
+        task = make_task()
+    else:
+        task = ParallelTask(make_task, workers, group_names(config), partial(same_length, args.num_iterations))
+    return task, chunk, workers
+
+
+def make_recipe(args: argparse.Namespace) -> JelRecipe:
+    """The recipe that the flags describe."""
+    same = (
+        "action_range correction_range initial_log_std policy_lr policy_lr_schedule updates gamma clip minibatch_size "
+        "entropy_coef returns advantages episodes decision_interval"
+    )
+    return JelRecipe(
+        **{name: getattr(args, name) for name in same.split()},
+        corrections=CORRECTIONS if args.corrections == "groups" else {},
+        features=tuple(args.features),
+        hidden=args.policy_hidden,
+        epochs=args.ppo_epochs,
+        exploration=Exploration(args.noise_correlation, bool(args.antithetic)),
+        reward=RewardConfig(args.gradient_penalty, args.smoothness_penalty, args.nan_penalty),
+    )
+
+
+AT_LEAST_ONE = (
+    "num_iterations episode_seq_len episode_batch_size decision_interval probe_batches updates episodes ppo_epochs "
+    "minibatch_size policy_hidden save_every"
+).split()
+NOT_NEGATIVE = [
+    *HPARAM_NAMES,
+    *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef".split(),
+]
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a number with which nothing can be learned."""
+    check_model(args)
+    check_numbers(
+        args,
+        {
+            (1, LARGEST): AT_LEAST_ONE,
+            (0, LARGEST): NOT_NEGATIVE,
+            (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma", "noise_correlation"],
+        },
+    )
+    if args.decision_interval > args.num_iterations:
+        print0(
+            f"warning: a decision every {args.decision_interval} steps is more than the episode's "
+            f"{args.num_iterations}: one decision an episode"
+        )
 
 
 def workers_for(given: int, compute: Compute) -> int:
