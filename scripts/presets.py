@@ -23,7 +23,7 @@ _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", 
 RECIPES: dict[str, dict] = {"jel": PER_GROUP, "paper": {}}
 
 PRESETS: dict[str, dict[str, dict]] = {
-    "paper": {"meta_train --recipe jel": {"policy_lr": 1e-2, "updates": 20}},  # assumption: not run
+    "paper": {"meta_train --recipe jel": {"policy_lr": 6e-3, "updates": 20}},  # assumption: as at tiny, not run
     "tiny": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "total_batch_size": 2048,
         },
         "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
-        "meta_train --recipe jel": {"policy_lr": 1e-2, "updates": 12},
+        "meta_train --recipe jel": {"policy_lr": 6e-3, "updates": 20},
     },
     "smoke": {
         "sweep": {"seeds": [42], "settings": 2},
