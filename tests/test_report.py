@@ -70,7 +70,7 @@ def test_a_whole_report(runs, monkeypatch, capsys):
         "-",
         "-",
         "1.50",
-        "166.0 = 6.0 meta-training + 160 exploratory",
+        "451.0 = 6.0 meta-training + 445 exploratory",
     ]
     differences = [a - b for a, b in zip(jel, BPB["schedule_free"])]
     middle = statistics.mean(differences)
