@@ -233,7 +233,15 @@ def test_no_server(waits, monkeypatch, tmp_path):
         download.download_files("http://127.0.0.1:9", [A], tmp_path, check=dataset.open_shard)
 
 
-def test_interrupt_leaves_partial_files_only(server, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the shell that started the tests has it ignored, as it has for background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_leaves_partial_files_only(server, interruptible, tmp_path):
     server.plan[A], server.plan[B] = ["hang"], ["hang"]
 
     def interrupt():
