@@ -32,7 +32,7 @@ from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.train_step import train_step
 from scripts.evaluation import Evaluator, UpdateJudge
-from scripts.hparams import HPARAM_NAMES, add_hparam_flags, tuned_settings
+from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.run_state import Cost, Progress, RunState, checkpoints_to_keep
 from scripts.runs import check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
@@ -46,28 +46,14 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     add_preset_flag(parser)
-    # model
-    flag("--depth", type=int, default=6, help="layers; width and heads follow from it")
-    flag("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
-    flag("--head-dim", type=int, default=128)
+    add_model_flags(parser)
     flag("--max-seq-len", type=int, default=2048)
-    flag(
-        "--window-pattern",
-        default="SSSL",
-        help="per layer, tiled: S sees half the context, L all of it; the last layer is always L",
-    )
-    # data
-    flag("--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt")
-    flag("--tokenizer", default="default", help="name of a tokenizer trained by scripts.tok_train")
     # length and batch
     flag("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-param-data-ratio")
     flag("--target-param-data-ratio", type=float, default=4.0, help="training tokens per parameter")
     flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank")
     # hyperparameters
     add_hparam_flags(parser, "hand-tuned")
-    flag("--warmup-ratio", type=float, default=0.0)
-    flag("--warmdown-ratio", type=float, default=0.4)
-    flag("--final-lr-frac", type=float, default=0.0)
     # method
     flag("--optimizer", choices=["muon-adamw", "schedule-free"], default="muon-adamw")
     flag("--sf-lr", type=float, default=2.0)

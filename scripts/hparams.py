@@ -1,4 +1,4 @@
-"""The base setting: flags that base_train and meta_train share, and the learning rates they stand for."""
+"""Flags that base_train and meta_train share: the model, its data, the base setting and its schedule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import argparse
 import math
 
 HPARAM_NAMES = ["embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "base_lr", "base_wd"]
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The model's shape, without the sequence length, and what it is trained on."""
+    flag = parser.add_argument
+    flag("--depth", type=int, default=6, help="layers; width and heads follow from it")
+    flag("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
+    flag("--head-dim", type=int, default=128)
+    what = "per layer, tiled: S sees half the context, L all of it; the last layer is always L"
+    flag("--window-pattern", default="SSSL", help=what)
+    flag("--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt")
+    flag("--tokenizer", default="default", help="name of a tokenizer trained by scripts.tok_train")
 
 
 def add_hparam_flags(parser: argparse.ArgumentParser, default: str) -> None:
@@ -25,6 +37,9 @@ def add_hparam_flags(parser: argparse.ArgumentParser, default: str) -> None:
     flag("--total-batch-size", type=int, default=524288, help="tokens per optimizer step of the run, over all ranks")
     flag("--base-lr", type=float, default=1e-3, help="--hparams uniform: every group's rate")
     flag("--base-wd", type=float, default=1e-2, help="--hparams uniform: every group's weight decay")
+    flag("--warmup-ratio", type=float, default=0.0)
+    flag("--warmdown-ratio", type=float, default=0.4)
+    flag("--final-lr-frac", type=float, default=0.0)
 
 
 def tuned_settings(args: argparse.Namespace) -> dict:

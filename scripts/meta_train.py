@@ -48,7 +48,7 @@ from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
-from scripts.hparams import HPARAM_NAMES, add_hparam_flags, tuned_settings
+from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
 from scripts.presets import RECIPES, add_preset_flag, parse_with_preset
 from scripts.runs import (
     LARGEST,
@@ -76,13 +76,7 @@ def flags() -> argparse.ArgumentParser:
         help="paper: Table 2; jel: per-group control, see docs/design.md",
     )
     flag("--method", choices=["jel", *SEARCHES], default="jel", help="jel: learn; others: search for constants instead")
-    # the model that is trained, and its data
-    flag("--depth", type=int, default=6, help="layers; width and heads follow from it")
-    flag("--aspect-ratio", type=int, default=64, help="width = depth x this, rounded up to a multiple of --head-dim")
-    flag("--head-dim", type=int, default=128)
-    flag("--window-pattern", default="SSSL", help="as in base_train")
-    flag("--data", default="fineweb-edu", help="fineweb-edu, embedded, or a folder of .parquet, .jsonl or .txt")
-    flag("--tokenizer", default="default", help="name of a tokenizer trained by scripts.tok_train")
+    add_model_flags(parser)
     # an episode
     flag("--num-iterations", type=int, default=561, help="steps of an episode")
     flag("--episode-seq-len", type=int, default=128)
@@ -90,9 +84,6 @@ def flags() -> argparse.ArgumentParser:
     flag("--decision-interval", type=int, default=50, help="steps")
     # the base that multipliers act on: that of the run they are for
     add_hparam_flags(parser, "uniform")
-    flag("--warmup-ratio", type=float, default=0.0)
-    flag("--warmdown-ratio", type=float, default=0.4)
-    flag("--final-lr-frac", type=float, default=0.0)
     flag(
         "--episode-starts",
         choices=["shared", "own"],
