@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Value = float | Tensor  # a tensor has no dimensions
+Value = float | Tensor  # a tensor has no dimensions, or that of episodes side by side
 
 FROM_ONE = "1-"
 MOMENTA = {"beta1": 0, "momentum": 0, "beta2": 1}  # the place in `betas`
@@ -85,19 +86,20 @@ def copied(value: Value) -> Value:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def scaled(name: str, base: Value, multiplier: float) -> Value:
+def scaled(name: str, base: Value, multiplier: Value) -> Value:
     """base * multiplier, or 1 - (1 - base) * multiplier under the prefix `1-`; a momentum stays in [0, 0.9999].
 
-    A multiplier of 1 gives the base itself, bit for bit.
+    A multiplier of 1.0 gives the base itself, bit for bit. A multiplier for episodes side by side is a tensor (E,).
     """
-    if multiplier == 1.0:
+    if not isinstance(multiplier, Tensor) and multiplier == 1.0:
         return base
     product = 1 - (1 - base) * multiplier if name.startswith(FROM_ONE) else base * multiplier
     if name.removeprefix(FROM_ONE) not in MOMENTA:
         return product
-    if isinstance(product, Tensor):
-        return product.clamp(min=0.0).minimum(base.clamp(min=HIGHEST_MOMENTUM))  # type: ignore[union-attr]
-    return min(max(product, 0.0), max(base, HIGHEST_MOMENTUM))
+    if isinstance(base, Tensor):
+        return torch.as_tensor(product).clamp(min=0.0).minimum(base.clamp(min=HIGHEST_MOMENTUM))
+    highest = max(base, HIGHEST_MOMENTUM)
+    return product.clamp(0.0, highest) if isinstance(product, Tensor) else min(max(product, 0.0), highest)
 
 
 def unscaled(name: str, product: Value, multiplier: float) -> Value:
@@ -108,13 +110,13 @@ def unscaled(name: str, product: Value, multiplier: float) -> Value:
 
 
 def write(group: dict[str, Any], name: str, value: Value) -> None:
-    """Set a hyperparameter that the group has; a tensor is filled in place, a float becomes the group's."""
+    """Set a hyperparameter that the group has. A tensor is filled in place, unless the new value has other axes."""
     place = _place(group, name)
     if place is None:
         raise KeyError(name)
     key, index = place
     held = group[key] if index is None else group[key][index]
-    if isinstance(held, Tensor):
+    if isinstance(held, Tensor) and (not isinstance(value, Tensor) or held.shape == value.shape):
         held.copy_(value) if isinstance(value, Tensor) else held.fill_(value)
     elif index is None:
         group[key] = value
