@@ -129,7 +129,7 @@ class Tracker:
             sink.log(int(step), flat)
 
     def figure(self, step: int, name: str, figure: Any) -> None:
-        """A matplotlib `Figure` of a step, uploaded where the place shows pictures, and a PNG beside the JSONL."""
+        """A matplotlib `Figure` of a step, uploaded where the place shows pictures; a PNG in the folder `figures`."""
         for sink in self.sinks.values():
             sink.figure(int(step), name, figure)
 
@@ -170,9 +170,7 @@ class _Jsonl:
         self._file.write(json.dumps({"step": step, **known}) + "\n")
 
     def figure(self, step: int, name: str, figure: Any) -> None:
-        path = self.folder / "figures" / f"{name.replace('/', '_')}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path)
+        _saved(self.folder, name, figure)
 
     def close(self) -> None:
         self._file.close()
@@ -204,8 +202,9 @@ class _Wandb:
         import wandb
 
         options: dict[str, Any] = {"id": run_id, "resume": "allow"} if run_id else {}
-        self._wandb, directory = wandb, str(folder)
-        self._run = wandb.init(project=project, name=name, config=config, dir=directory, reinit="create_new", **options)
+        self._wandb, self.folder = wandb, folder
+        place = {"project": project, "name": name, "dir": str(folder)}
+        self._run = wandb.init(**place, config=config, reinit="create_new", **options)
         self.run_id: str | None = self._run.id
         self._run.define_metric("*", step_metric="step")
 
@@ -213,7 +212,7 @@ class _Wandb:
         self._run.log({"step": step, **values})
 
     def figure(self, step: int, name: str, figure: Any) -> None:
-        self._run.log({"step": step, name: self._wandb.Image(figure)})
+        self._run.log({"step": step, name: self._wandb.Image(str(_saved(self.folder, name, figure)))})
 
     def close(self) -> None:
         self._run.finish()
@@ -248,6 +247,14 @@ class _Mlflow:
 
 
 SINKS: dict[str, Any] = {"jsonl": _Jsonl, "tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
+
+
+def _saved(folder: Path, name: str, figure: Any) -> Path:
+    """The path of the figure as PNG, in the run's folder."""
+    path = folder / "figures" / f"{name.replace('/', '_')}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    return path
 
 
 def _import(place: str) -> None:
