@@ -201,10 +201,10 @@ class _Wandb:
     def __init__(self, folder: Path, project: str, name: str, config: dict, run_id: str | None, resume: int | None):
         import wandb
 
-        options: dict[str, Any] = {"id": run_id, "resume": "allow"} if run_id else {}
         self._wandb, self.folder = wandb, folder
-        place = {"project": project, "name": name, "dir": str(folder)}
-        self._run = wandb.init(**place, config=config, reinit="create_new", **options)
+        options: dict[str, Any] = {"id": run_id, "resume": "allow"} if run_id else {}
+        options |= {"project": project, "name": name, "dir": str(folder)}
+        self._run = wandb.init(config=config, reinit="create_new", **options)
         self.run_id: str | None = self._run.id
         self._run.define_metric("*", step_metric="step")
 
