@@ -387,6 +387,8 @@ def check_flags(args: argparse.Namespace) -> None:
             (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma", "noise_correlation"],
         },
     )
+    if args.shared_search and args.method == "jel":
+        raise UserError("--shared-search is for the searches: give --method halving, or another of them")
     if args.decision_interval > args.num_iterations:
         print0(
             f"warning: a decision every {args.decision_interval} steps is more than the episode's "

@@ -62,9 +62,7 @@ class HalvingSearch:
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self.episodes, self.updates = optuna, episodes, updates
-        sampler = optuna.samplers.TPESampler(
-            seed=seed % 2**32, n_startup_trials=SHARES[0] * episodes, constant_liar=True
-        )
+        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)  # many are asked before one is told
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._space = {f"x{i}": optuna.distributions.FloatDistribution(-EDGE, EDGE) for i in range(n_actions)}
         self._asked, self._playoffs = 0, False
