@@ -15,6 +15,7 @@ import math
 import os
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,7 @@ from jel.learn.exploration import Exploration
 from jel.learn.meta import MetaTrainer
 from jel.learn.rollout import Interrupted, RewardConfig
 from jel.learn.search import SEARCHES, SearchTrainer
+from jel.learn.shared_results import SharedResults
 from jel.learn.workers import ParallelTask
 from jel.policy import save_policy
 from jel.recipes.jel import ADVANTAGES, JelRecipe
@@ -76,6 +78,8 @@ def flags() -> argparse.ArgumentParser:
         help="paper: Table 2; jel: per-group control, see docs/design.md",
     )
     flag("--method", choices=["jel", *SEARCHES], default="jel", help="jel: learn; others: search for constants instead")
+    what = "file in which several searches, each with a --seed of its own, share what they find (needs optuna)"
+    flag("--shared-search", metavar="FILE", help=what)
     add_model_flags(parser)
     # an episode
     flag("--num-iterations", type=int, default=561, help="steps of an episode")
@@ -194,7 +198,8 @@ def main() -> int:
         seeds = {f"{name}_seed": derive_seed(args.seed, names) for name, names in SEEDS.items()}
         trainer = recipe.trainer(task, chunk=chunk, **seeds, **where)
     else:
-        trainer = recipe.searcher(args.method, task, derive_seed(args.seed, "search"), chunk, **where)
+        shared = SharedResults(Path(args.shared_search), recipe.knobs(), args.seed) if args.shared_search else None
+        trainer = recipe.searcher(args.method, task, derive_seed(args.seed, "search"), chunk, shared=shared, **where)
 
     # -------------------------------------------------------------------------
     # resume
@@ -265,7 +270,10 @@ def main() -> int:
     if writer:
         writer.close()
         episodes = args.updates * args.episodes
-        probes = args.probe_batches * (1 + len(decision_steps(args.num_iterations, args.decision_interval)))
+        readings = 1 + len(decision_steps(args.num_iterations, args.decision_interval))
+        steps, readings = episodes * args.num_iterations, episodes * readings
+        if isinstance(trainer, SearchTrainer):
+            steps, readings = trainer.trained()  # a search may have stopped candidates early
         tokens = args.episode_batch_size * args.episode_seq_len
         save_policy(
             trainer.policy,
@@ -280,9 +288,9 @@ def main() -> int:
         log.finish(
             updates=args.updates,
             episodes=episodes,
-            tokens=episodes * args.num_iterations * tokens,
-            probe_tokens=episodes * probes * tokens,
-            flops=episodes * episode_flops(config, args.num_iterations * tokens, probes * tokens),
+            tokens=steps * tokens,
+            probe_tokens=readings * args.probe_batches * tokens,
+            flops=episode_flops(config, steps * tokens, readings * args.probe_batches * tokens),
             seconds=seconds,
             core_seconds=seconds * compute.world_size * cores(workers, compute),
             entropy=[r["entropy"] for r in records],
@@ -379,6 +387,8 @@ def check_flags(args: argparse.Namespace) -> None:
             (0, 1): ["warmup_ratio", "warmdown_ratio", "gamma", "noise_correlation"],
         },
     )
+    if args.shared_search and args.method == "jel":
+        raise UserError("--shared-search is for the searches: give --method halving, or another of them")
     if args.decision_interval > args.num_iterations:
         print0(
             f"warning: a decision every {args.decision_interval} steps is more than the episode's "

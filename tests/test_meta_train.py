@@ -155,9 +155,30 @@ def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
     assert undisturbed[2]["entropy"] == [record["entropy"] for record in log]
 
 
+@pytest.mark.parametrize("method, readings", [("random", 12 * 4), ("halving", 2 * (9 * 2 + 3 * 4))])
+def test_a_search_is_charged_what_it_trained(base, train, method, readings):
+    """Smoke's episodes have 3 decisions in 12 steps: a bracket is 9 candidates for one decision, then 3 for all."""
+    if method == "halving":
+        pytest.importorskip("optuna")
+    assert train(f"meta-{method}", "--method", method) == 0
+    result = json.loads((base / "runs" / f"meta-{method}" / "result.json").read_text())
+    assert result["tokens"] == 12 * 12 * 2 * 32 and result["probe_tokens"] == readings * 4 * 2 * 32
+    policy, _ = load_policy(base / "runs" / f"meta-{method}" / "policy")
+    assert policy.observes == {"progress"}
+
+
+def test_searches_share_a_file(base, train):
+    pytest.importorskip("optuna")
+    shared = "--method", "halving", "--updates", "2", "--shared-search", str(base / "search.journal")
+    assert train("meta-share-a", *shared, "--seed", "1") == train("meta-share-b", *shared, "--seed", "2") == 0
+    assert train("meta-alone", *shared[:4], "--seed", "2") == 0
+    assert left(base, "meta-alone")[1] != left(base, "meta-share-b")[1]  # it heard of the first
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (("--shared-search", "here.journal"), "--shared-search is for the searches"),
         (("--updates", "0"), "--updates is 0; it must be at least 1"),
         (("--episodes", "-1"), "--episodes is -1"),
         (("--episode-workers", "0"), "--episode-workers is 0"),

@@ -9,6 +9,7 @@ import re
 import statistics
 import sys
 import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 
 import pytest
 
@@ -18,11 +19,13 @@ from scripts.report import __main__ as report
 from scripts.report.evidence import LABELS, read_evidence
 from scripts.report.render import inline, to_html
 from scripts.report.tables import ABSENT, PAPER_TABLE_1
+from scripts.report.text import SECTION_TITLES
 from tests.report_runs import (
     BPB,
     SEEDS,
     add_everything,
     add_run,
+    add_sections,
     change,
     config,
     first_paragraph,
@@ -55,7 +58,7 @@ def make_report(monkeypatch, *flags):
 def test_a_whole_report(runs, monkeypatch, capsys):
     folder = make_report(monkeypatch)
     text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
-    names = {"figure_2_validation", "figure_3_multipliers", "figure_meta_training"}
+    names = {"figure_1_price", "figure_2_validation", "figure_3_multipliers", "figure_meta_training"}
     files = {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     assert {p.name for p in folder.iterdir()} == {"report.md", "report.html", "results.json", *files}
     assert all(f"({name}.png)" in text for name in names)
@@ -108,7 +111,7 @@ def test_a_whole_report(runs, monkeypatch, capsys):
         svg = (folder / f"{name}.svg").read_text()
         assert ET.fromstring(svg).tag.endswith("svg") and "<dc:date>" not in svg
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert base64.b64encode((folder / f"{name}.png").read_bytes()).decode() in page
+        assert base64.b64encode(svg.encode()).decode() in page
 
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     make_report(monkeypatch)
@@ -116,7 +119,7 @@ def test_a_whole_report(runs, monkeypatch, capsys):
 
     draw = report.draw
     monkeypatch.setattr(report, "draw", lambda *args: draw(*args) & {"figure_2_validation"})
-    for path in folder.glob("figure_[3m]*"):
+    for path in folder.glob("figure_[13m]*"):
         path.write_text("a former report's")
     monkeypatch.setattr(report, "save_figure", only_the_first(report.save_figure))
     make_report(monkeypatch)  # a figure that can no longer be drawn does not stay behind
@@ -128,14 +131,74 @@ def only_the_first(save):
     return lambda figure, folder, name: save(figure, folder, name) if name == "figure_2_validation" else None
 
 
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Its elements with their attributes and text; closing tags must match, ids must differ."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.tables = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        parent = self.open[-1] if self.open else None
+        assert {"tr": ("thead", "tbody"), "td": ("tr",), "th": ("tr",), "thead": ("table",), "tbody": ("table",)}.get(
+            tag, (parent,)
+        ).count(parent)
+        assert parent != "p" or tag in ("code", "strong")  # any other would end the paragraph
+        assert len(attrs) == len(dict(attrs))
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += text
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
 def test_the_page_is_one_file_for_phones_and_the_dark(runs, monkeypatch):
-    page = (make_report(monkeypatch) / "report.html").read_text()
-    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page and "<script" not in page
-    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
-    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
-    document = ET.fromstring(re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.partition("\n")[2]))
-    rows = document.findall(".//table[1]/tbody/tr")
-    assert [cell.text for cell in rows[1]][0] == "JEL" and len(document.findall(".//figure")) == 3
+    add_sections(runs)
+    folder = make_report(monkeypatch)
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert "prefers-color-scheme: dark" in text and text.startswith("<!doctype html>")
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.of("meta")
+    assert not page.of("script") and not page.of("link") and not page.of("iframe") and "@import" not in text
+    outside = [a for _, attributes in page.elements for a in attributes if a in ("href", "srcset", "style", "data")]
+    assert not outside and not re.findall(r"url\(", text)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    figures = page.of("img")
+    assert len(page.of("figure")) == len(figures) == len(list(folder.glob("*.svg"))) == 4
+    for figure in figures:
+        head, _, data = figure["src"].partition(",")
+        svg = base64.b64decode(data, validate=True).decode()
+        assert head == "data:image/svg+xml;base64" and figure["alt"]
+        assert ET.fromstring(svg).tag.endswith("svg")
+        links = re.findall(r"""(?:href|src)=["']([^"']*)""", svg) + re.findall(r"url\(([^)]*)\)", svg)
+        assert all(link.startswith("#") for link in links)  # nothing from elsewhere
+    blocks = report.report_blocks(read_evidence(runs.parent, "tiny"), set())
+    tables = [[header, *rows] for kind, (header, rows) in (b for b in blocks if b[0] == "table")]
+    bare = lambda cell: cell.replace("`", "").replace("**", "")
+    assert page.tables == [[[bare(cell) for cell in row] for row in table] for table in tables]
+    assert len(page.tables) >= 10 and all(len({len(row) for row in table}) == 1 for table in page.tables)
+    assert text.count('<div class="scroll">') == len(tables) + len(figures)  # wide ones scroll, not the page
 
 
 def test_text_is_escaped_in_the_page(tmp_path):
@@ -333,8 +396,55 @@ def test_further_evidence_is_reported_when_there_is_any(runs):
     text = text_of(runs)
     assert r"| own mean \| held | 2.4500 ± 0.0707 (2) | 0.0 | no difference shown |" in text
     assert row(section(text, "Ablations and negative results"), "4D actions")[1] == "diverged"
-    assert "Controls at the same price: own mean | held: no difference shown." in first_paragraph(text)
+    lost = "**JEL is not shown to beat 1 of 1 controls at the same price: own mean | held: no difference shown.**"
+    assert lost in first_paragraph(text)
     assert report.results_record(read_evidence(runs.parent, "tiny"))["equal_budget"] == [held]
+
+
+def test_the_first_paragraph_says_which_controls_jel_does_not_beat(runs):
+    assert "Controls at the same price were not measured (`python -m scripts.ablate`)." in first_paragraph(
+        text_of(runs)
+    )
+    add_sections(runs)
+    text = first_paragraph(text_of(runs))
+    assert (
+        "**JEL is not shown to beat 2 of 3 controls at the same price: CMA-ES over the same constants: no diff" in text
+    )
+    assert "its own mean, held: JEL is worse (+0.0010 [+0.0001, +0.0020]).** JEL beats 1 of 3 controls" in text
+    assert "same price: random search over the same constants: JEL is better (-0.0600 [-0.0900, -0.0300])." in text
+
+
+def test_tables_of_further_evidence_have_prices_and_verdicts(runs):
+    add_sections(runs)
+    text = text_of(runs)
+    for name, title in SECTION_TITLES.items():
+        for given in read_json(runs / "evidence" / f"{name}.json"):
+            cells = row(section(text, title), given["name"])
+            assert cells[2:] == [f"{given['run_equivalents']:.1f}", given["verdict"]]
+            assert cells[1].startswith(f"{statistics.mean(given['test_bpb']):.4f} ± ")
+
+
+def test_every_group_has_its_multipliers_in_the_figure():
+    """Two seeds, corrections for two sets of groups; the log's values have them multiplied in already."""
+    policies = [
+        {
+            "multipliers": {
+                "*": {"lr": [2.0 * s, 3.0 * s], "weight_decay": [1.0, 1.0]},
+                "wte": {"lr": [20.0 * s, 30.0 * s]},
+                "value_embeds": {"lr": [20.0 * s, 30.0 * s]},
+                "lm_head": {"lr": [1.0 * s, 1.5 * s]},
+            }
+        }
+        for s in (1, 2)
+    ]
+    assert report.multipliers_by_groups(policies) == {
+        "lr": {
+            "block matrices": [[2.0, 3.0], [4.0, 6.0]],
+            "wte, value_embeds": [[20.0, 30.0], [40.0, 60.0]],
+            "lm_head": [[1.0, 1.5], [2.0, 3.0]],
+        },
+        "weight_decay": {"all groups": [[1.0, 1.0], [1.0, 1.0]]},
+    }
 
 
 # -----------------------------------------------------------------------------

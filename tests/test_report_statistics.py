@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.report.figures import meta_training_figure, multiplier_figure, validation_figure
+from scripts.report.price_figure import Point, price_figure, spread
 from scripts.report.render import markdown, plain
 from scripts.report.statistics import (
     compare,
@@ -146,12 +147,56 @@ def test_figures_draw_what_they_are_given():
     band = whole.collections[0].get_paths()[0].vertices
     assert {2.0, 3.0} == {y for x, y in band if x == 10}
     validation_figure({"a": [{0: 4.0, 5: 1.0}], "b": [{0: 4.0, 90: 3.0}]}, {"a": "A", "b": "B"}, "")  # of other lengths
-    lr, wd = multiplier_figure([0.0, 0.5], [[1, 2], [2, 8], [9, 9]], [[1, 1]] * 3, (40.0, 1.0), "").axes
+    lr, wd = multiplier_figure(
+        [0.0, 0.5],
+        {"lr": {"head": [[1, 2], [2, 8], [9, 9]], "rest": [[5, 5]] * 3}, "weight_decay": {"all": [[1, 1]] * 3}},
+        {"lr": 40.0, "weight_decay": 1.0},
+        "",
+    ).axes
     assert lr.get_yscale() == "log"
     drawn = [list(line.get_ydata()) for line in lr.lines]
     assert drawn[:4] == [[1, 2], [2, 8], [9, 9], [2, 8]]  # three policies, their median
-    assert drawn[4] == [40.0, 40.0] and list(wd.lines[4].get_ydata()) == [1.0, 1.0]  # the best constant
-    multiplier_figure([0.0, 0.5], [[1, 2]], [[1, 1]], None, "")  # one seed, no constant
+    assert drawn[4:8] == [[5, 5]] * 4
+    assert drawn[8] == [40.0, 40.0] and list(wd.lines[4].get_ydata()) == [1.0, 1.0]  # the best constant
+    multiplier_figure([0.0, 0.5], {"lr": {"all": [[1, 2]]}}, {}, "")  # one seed, no constant
     entropy, returns = meta_training_figure([[0.9, 0.8], [0.7, 0.6]], [[1.0, 2.0]], [[3.0, 4.0]], "").axes
     np.testing.assert_allclose(entropy.lines[0].get_xydata(), [[1, 0.8], [2, 0.7]])
     assert [list(line.get_ydata()) for line in returns.lines] == [[3.0, 4.0], [1.0, 2.0]]
+
+
+def test_the_price_figure_shows_means_deviations_and_prices():
+    points = [
+        Point("JEL", [2.0, 2.2], 12.0, 400.0),
+        Point("held", [2.1, 2.1], 12.0, 12.0, control=True),
+        Point("Suboptimal", [2.9], 0.0, 0.0),
+    ]
+    figure = price_figure(points, "measured")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    marks = {
+        (line.get_marker(), *np.round(line.get_xydata()[0], 3)) for line in axes.lines if len(line.get_xdata()) == 1
+    }
+    prices = {mark: x for mark, x, _ in marks}
+    assert {("o", 2.1), ("D", 2.1), ("o", 400.0)} <= {(m, y) for m, _, y in marks} | {(m, x) for m, x, _ in marks}
+    assert 11 < min(prices["D"], prices["o"]) and prices["D"] < 14  # side by side, not on top of each other
+    assert prices["^"] < 12 and max(y for m, _, y in marks if m == "^") < axes.get_ylim()[1]  # no price, out of scale
+    bars = [c.get_segments()[0][:, 1] for c in axes.collections if c.get_segments()]
+    np.testing.assert_allclose(bars[0], [2.1 - 0.02**0.5, 2.1 + 0.02**0.5])
+    texts = [t.get_text() for t in axes.texts]
+    assert {"JEL 2.100", "held 2.100", "Suboptimal 2.900"} <= set(texts)
+    price_figure(points[:1], "alone")
+    price_figure(points[2:], "free")
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=12), st.floats(0.01, 0.8))
+def test_labels_do_not_overlap_and_stay_inside(wanted, height):
+    wanted = sorted(wanted)
+    middles = spread(wanted, [height] * len(wanted), 0, 10)
+    assert all(b - a >= height - 1e-9 for a, b in zip(middles, middles[1:]))
+    assert middles[0] >= height / 2 - 1e-9 and middles[-1] <= 10 - height / 2 + 1e-9
+    if (
+        all(b - a >= height for a, b in zip(wanted, wanted[1:]))
+        and height / 2 <= wanted[0]
+        and wanted[-1] <= 10 - height / 2
+    ):
+        np.testing.assert_allclose(middles, wanted)  # what is apart already stays

@@ -113,7 +113,10 @@ class JelRecipe:
         )
 
     def searcher(self, method: str, task: Task, seed: int, chunk: int, **where: Any) -> SearchTrainer:
-        """A search of `SEARCHES` over the same knobs and episodes, constants instead of a learned schedule."""
+        """A search of `SEARCHES` over the same knobs and episodes, constants instead of a learned schedule.
+
+        `where`: as for `trainer`, and `shared`, the file of results that several processes share.
+        """
         policy, config = self.policy(seed), GroupConfig(self.episodes, chunk, self.reward, self.exploration)
-        make = lambda: SEARCHES[method](policy.n_actions, self.episodes, seed)
+        make = lambda: SEARCHES[method](policy.n_actions, self.episodes, self.updates, seed)
         return SearchTrainer(self.env(task, policy), policy, make, config, **where)

@@ -10,6 +10,7 @@ byte for byte. What is missing is named, with the command that measures it.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import tempfile
@@ -24,6 +25,7 @@ from scripts.report import tables
 from scripts.report.costs import controller_cost, meta_cost
 from scripts.report.evidence import SECTIONS, Evidence, MetaTraining, read_evidence
 from scripts.report.figures import meta_training_figure, multiplier_figure, save_figure, validation_figure
+from scripts.report.price_figure import price_figure, price_points
 from scripts.report.render import plain, to_html, to_markdown
 from scripts.report.text import CAPTIONS, report_blocks, summary
 
@@ -80,29 +82,52 @@ def mean_by_update(evidence: Evidence, key: str) -> list[float | None]:
 
 
 def final_policies(evidence: Evidence) -> list[dict]:
-    """The last update of each seed's meta-training, of those that decide as often and set all groups alike."""
+    """The last update of each seed's meta-training, of those that decide as often and turn the same groups."""
 
-    def decisions(meta: MetaTraining) -> list[float]:
-        return meta.updates[-1]["decision_progress"]
+    def shape(meta: MetaTraining) -> tuple:
+        last = meta.updates[-1]
+        return last["decision_progress"], {group: sorted(own) for group, own in last["multipliers"].items()}
 
     metas = [meta for meta in evidence.meta.values() if meta.updates and "*" in meta.updates[-1]["multipliers"]]
-    return [meta.updates[-1] for meta in metas if decisions(meta) == decisions(metas[0])]
+    return [meta.updates[-1] for meta in metas if shape(meta) == shape(metas[0])]
+
+
+def multipliers_by_groups(policies: list[dict]) -> dict[str, dict[str, list]]:
+    """{hyperparameter: {param groups: (S, K)}}, corrections multiplied in; groups that are set alike stand once."""
+    found: dict[str, dict[str, list]] = {}
+    every = [policy["multipliers"] for policy in policies]
+    for key in every[0]["*"]:
+        alike: dict[str, list[str]] = {}
+        for group in every[0]:
+            values = [policy[group].get(key, policy["*"][key]) for policy in every]
+            alike.setdefault(json.dumps(values), []).append(group)
+        named = {groups_label(groups, len(alike)): json.loads(values) for values, groups in alike.items()}
+        found[key] = named
+    return found
+
+
+def groups_label(groups: list[str], sets: int) -> str:
+    if "*" in groups:
+        return "all groups" if sets == 1 else "block matrices"  # nanochat's only groups without a name of their own
+    return ", ".join(groups)
 
 
 def draw(evidence: Evidence, folder: Path) -> set[str]:
     """Write the figures that can be drawn; returns their names."""
     subtitle, drawn = f"measured: preset {evidence.preset}", {}
+    points = price_points(evidence)
+    if points:
+        drawn["figure_1_price"] = price_figure(points, subtitle)
     curves = evidence.curves()
     if curves:
         labels = {method: tables.label(method) for method in curves}
         drawn["figure_2_validation"] = validation_figure(curves, labels, subtitle)
-    policies, constant = final_policies(evidence), evidence.best_row("best_constant")
+    policies, best = final_policies(evidence), evidence.best_row("best_constant")
     if policies:
+        constant = {"lr": best["lr_multiplier"], "weight_decay": best["wd_multiplier"]} if best else {}
+        multipliers = multipliers_by_groups(policies)
         drawn["figure_3_multipliers"] = multiplier_figure(
-            policies[0]["decision_progress"],
-            *([policy["multipliers"]["*"][key] for policy in policies] for key in ("lr", "weight_decay")),
-            constant and (constant["lr_multiplier"], constant["wd_multiplier"]),
-            subtitle,
+            policies[0]["decision_progress"], multipliers, constant, subtitle
         )
     if by_update(evidence, "entropy").size:
         columns = [by_update(evidence, key) for key in ("entropy", "return_mean", "return_best")]

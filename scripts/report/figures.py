@@ -49,6 +49,7 @@ LINES = {
     "best_constant": (ORANGE, (0, (6, 1, 1, 1))),
     "suboptimal": ("#777777", ":"),
 }
+GROUP_LINES = [(VERMILION, "-"), (BLUE, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, "-"), (SKY, "--")]
 MORE_LINES = [(PURPLE, (0, (5, 1))), (SKY, (0, (1, 1))), (BLACK, (0, (3, 1, 1, 1)))]
 
 
@@ -114,30 +115,32 @@ def validation_figure(
 @matplotlib.style.context(STYLE)
 def multiplier_figure(
     progress: Sequence[float],
-    lr: Sequence[Sequence[float]],
-    weight_decay: Sequence[Sequence[float]],
-    constant: tuple[float, float] | None,
+    multipliers: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    constant: Mapping[str, float],
     subtitle: str,
 ) -> Figure:
-    """The final policies' multipliers at their K decisions: each seed's, their median and quartiles.
+    """The final policies' multipliers at their K decisions, a panel a hyperparameter, a colour a set of param groups.
 
-    `progress` (K,), `lr` and `weight_decay` (S, K). `constant`: the best constant's two multipliers, drawn beside them.
+    `progress` (K,), `multipliers` by hyperparameter and groups, (S, K): thin, each seed's; thick, their median; the
+    band, their quartiles. `constant`: the best constant's multipliers, by hyperparameter, drawn beside them.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
-    panels = figure.subplots(1, 2, sharey=True)
-    drawn = zip(panels, ("lr", "weight_decay"), (lr, weight_decay), (VERMILION, BLUE), constant or (None, None))
-    for axes, name, values, color, held in drawn:
-        low, median, high = quartiles(values)
-        axes.fill_between(progress, low, high, color=color, alpha=0.2, linewidth=0, label="25-75% of the seeds")
-        for i, policy in enumerate(values):
-            axes.plot(progress, policy, color=color, linewidth=0.7, alpha=0.6, label="" if i else "a seed's policy")
-        axes.plot(progress, median, color=color, marker="o", markersize=3.5, label=f"median of {len(values)} seeds")
-        if held is not None:
-            axes.axhline(held, color=INK, linestyle=(0, (4, 2)), linewidth=1.4, label="best constant")
+    panels = figure.subplots(1, len(multipliers), sharey=True, squeeze=False)[0]
+    for axes, (name, groups) in zip(panels, multipliers.items()):
+        lines = GROUP_LINES * len(groups) if len(groups) > 1 else [(INK, "-")]
+        for (group, values), (color, dashes) in zip(groups.items(), lines):
+            low, median, high = quartiles(values)
+            axes.fill_between(progress, low, high, color=color, alpha=0.18, linewidth=0)
+            for policy in values:
+                axes.plot(progress, policy, color=color, linewidth=0.6, alpha=0.45)
+            axes.plot(progress, median, color=color, linestyle=dashes, marker="o", markersize=3.5, label=group)
+        if name in constant:
+            axes.axhline(constant[name], color=INK, linestyle=(0, (4, 2)), linewidth=1.4, label="best constant")
         axes.axhline(1, color="#999999", linewidth=0.8, zorder=1)
         axes.set(yscale="log", xlim=(-0.015, 1), xlabel="progress t/T", title=f"{name.replace('_', ' ')} multiplier")
-        axes.legend(loc="best")
+    named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 6), fontsize=9)
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(min(low, 0.5), max(high, 2))  # a policy near 1 everywhere is to look like one
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -30,9 +30,12 @@ code { font-size: .88em; background: var(--stripe); padding: .1em .25em; border-
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { border-bottom-width: 2px; } tbody tr:nth-child(even) { background: var(--stripe); }
-.right { text-align: right; }
-figure { margin: 1.2rem 0; } figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
-img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
+td { min-width: 5rem; } td:last-child:not(.right) { min-width: 14rem; }
+.right { text-align: right; } td.right { min-width: 0; white-space: nowrap; }
+figure { margin: 1.2rem 0; } figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; margin-top: .4rem; }
+figure .scroll { margin: 0; border-radius: 6px; background: #fff; }
+img { display: block; width: 100%; max-width: 46rem; height: auto; margin: 0 auto; background: #fff; }
+img.wide { max-width: none; min-width: 36rem; }
 """
 
 
@@ -88,7 +91,11 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 
 def to_html(blocks: Sequence[Block], figures: Path) -> str:
-    """One file that needs no other: the figures' PNG files, read from the folder `figures`, are inside as base64."""
+    """One file that needs no other: the figures' SVG files, read from the folder `figures`, are inside as base64.
+
+    As images, not as elements of the page: ids of one figure are those of another. Their card is light in the dark
+    too, since their ink is dark; on a narrow screen wide figures are scrolled, like wide tables.
+    """
 
     def table(header: list[str], rows: list[list[str]]) -> str:
         marks = [' class="right"' if right else "" for right in right_aligned((header, rows))]
@@ -106,10 +113,15 @@ def to_html(blocks: Sequence[Block], figures: Path) -> str:
             return table(*content)
         if kind == "figure":
             name, caption = content
-            data = base64.b64encode((figures / f"{name}.png").read_bytes()).decode()
+            svg = (figures / f"{name}.svg").read_bytes()
+            width, height = map(float, re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+            wide = ' class="wide"' if width > 500 else ""
+            size = f'width="{width:.0f}" height="{height:.0f}"'
+            source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
             alt = html.escape(caption)
             return (
-                f'<figure><img alt="{alt}" src="data:image/png;base64,{data}">\n<figcaption>{alt}</figcaption></figure>'
+                f'<figure><div class="scroll"><img{wide} alt="{alt}" {size} src="{source}"></div>\n'
+                f"<figcaption>{alt}</figcaption></figure>"
             )
         if kind == "list":
             return "<ul>\n" + "\n".join(f"<li>{inline(item)}</li>" for item in content) + "\n</ul>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from scripts.report import tables
 from scripts.report.costs import EXPLORATORY_RUNS, exploratory_runs, meta_cost, sweep_cost
@@ -13,9 +14,14 @@ from scripts.report.statistics import MIN_SEEDS, Comparison
 from scripts.report.tables import number
 
 CAPTIONS = {  # in the order of the report; a name is its files' stem
+    "figure_1_price": "Figure 1. What each method reaches, and what finding its settings cost: mean over the seeds and "
+    "standard deviation, in run equivalents on a log axis. Diamonds are controls at the price of meta-training. An "
+    "open circle: the price with what a person spent before the sweep or the recipe was written down. A triangle at "
+    "the upper edge lies above it.",
     "figure_2_validation": "Figure 2. Validation bits per byte by step: mean of the seeds, and their range as a band.",
-    "figure_3_multipliers": "Figure 3. Multipliers of the mean action at each decision, by the policies that "
-    "meta-training ended with, one a seed; dashed, the best constant.",
+    "figure_3_multipliers": "Figure 3. Multipliers of the mean action at each decision, corrections multiplied in, by "
+    "the policies that meta-training ended with: each seed's, their median, and their quartiles as a band; dashed, the "
+    "best constant.",
     "figure_meta_training": "Meta-training. Entropy in nats, mean of the two action dimensions (0.92 at the start, by "
     "the initial standard deviation), and the returns of each group of episodes: mean of the seeds, and their range.",
 }
@@ -42,6 +48,7 @@ def report_blocks(evidence: Evidence, figures: set[str]) -> list[Block]:
     blocks: list[Block] = [
         ("h1", f"JEL, measured: preset `{evidence.preset}`"),
         ("p", summary(evidence)),
+        *picture("figure_1_price"),
         ("p", scale_statement(evidence)),
         *not_measured(evidence),
         ("h2", "Table 1: the methods"),
@@ -110,16 +117,28 @@ def summary(evidence: Evidence) -> str:
     ours = list(evidence.results("jel", "test_bpb").values())
     if not ours:
         return "JEL was not measured: there is no finished run of it that read the test split."
-    controls = [f"{row['name']}: {row['verdict']}" for row in evidence.sections.get("equal_budget", [])]
     others = [method for method in evidence.methods() if method not in ("jel", "best_constant")]
     measured = [sentence(PROSE.get(m, m), tables.against(evidence, m)) for m in others if evidence.runs.get(m)]
     parts = [
         f"JEL ends at {tables.mean_std(ours)} bits per byte of the test split.",
         f"**{sentence(PROSE['best_constant'], tables.against(evidence, 'best_constant'))}**",
         *measured,
-        *([f"Controls at the same price: {'; '.join(controls)}."] if controls else []),
+        *controls(evidence),
     ]
     return " ".join(parts)
+
+
+def controls(evidence: Evidence) -> list[str]:
+    """Whether JEL beats each control at the same price: those that it is not shown to beat come first, in bold."""
+    rows = evidence.sections.get("equal_budget", [])
+    if not rows:
+        return ["Controls at the same price were not measured (`python -m scripts.ablate`)."]
+    beaten = [row for row in rows if re.match(r"(JEL is )?better\b", row["verdict"] or "")]
+    others = [row for row in rows if row not in beaten]
+    listed = lambda rows: "; ".join(f"{row['name']}: {row['verdict'] or 'no verdict'}" for row in rows)
+    lost = f"**JEL is not shown to beat {len(others)} of {len(rows)} controls at the same price: {listed(others)}.**"
+    won = f"JEL beats {len(beaten)} of {len(rows)} controls at the same price: {listed(beaten)}."
+    return [lost] * bool(others) + [won] * bool(beaten)
 
 
 def sentence(name: str, c: Comparison) -> str:
