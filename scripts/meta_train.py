@@ -107,6 +107,8 @@ def flags() -> argparse.ArgumentParser:
     flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")
     flag("--corrections", choices=["none", "groups"], default="none", help="groups: corrections of the learning rate")
     flag("--correction-range", type=float, default=10.0, help="corrections lie in [1 / this, this]")
+    what = "1 - momentum (AdamW: beta1) is multiplied by a number in [1 / this, this]; 1 = momentum stays as it is"
+    flag("--momentum-range", type=float, default=1.0, help=what)
     flag("--noise-correlation", type=float, default=0.0, help="of the exploration noise from decision to decision")
     flag("--antithetic", type=int, choices=[0, 1], default=0, help="1: episodes in pairs of opposite noise")
     flag("--updates", type=int, default=50)
@@ -118,6 +120,12 @@ def flags() -> argparse.ArgumentParser:
         default=-1,
         help="processes that share them on a CPU, a thread each; 1 = this one, with all threads; -1 = one a core",
     )
+    what = "grpo: the paper's update; critic: a Gaussian process over all episodes so far, see jel/learn/actor_critic.py"
+    flag("--learner", choices=["grpo", "critic"], default="grpo", help=what)
+    flag("--final-log-std", type=float, default=-1.4, help="critic: exploration narrows to this from --initial-log-std")
+    flag("--policy-steps", type=int, default=60, help="critic: Adam's steps an update")
+    flag("--trust-region", type=float, default=1.0, help="critic: nats that an update moves the policy's mean, at most")
+    flag("--pessimism", type=float, default=1.0, help="critic: standard deviations that the last update takes off")
     flag("--policy-lr", type=float, default=3e-4)
     flag("--policy-lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the end")
     flag("--returns", choices=list(RETURNS), default="reward-to-go", help="total: one for all decisions of an episode")
@@ -353,7 +361,8 @@ def make_recipe(args: argparse.Namespace) -> JelRecipe:
     """The recipe that the flags describe."""
     same = (
         "action_range correction_range initial_log_std policy_lr policy_lr_schedule updates gamma clip minibatch_size "
-        "entropy_coef returns advantages episodes decision_interval"
+        "entropy_coef returns advantages episodes decision_interval momentum_range learner final_log_std policy_steps "
+        "trust_region pessimism"
     )
     return JelRecipe(
         **{name: getattr(args, name) for name in same.split()},
@@ -368,11 +377,11 @@ def make_recipe(args: argparse.Namespace) -> JelRecipe:
 
 AT_LEAST_ONE = (
     "num_iterations episode_seq_len episode_batch_size decision_interval probe_batches updates episodes ppo_epochs "
-    "minibatch_size policy_hidden save_every"
+    "minibatch_size policy_hidden policy_steps save_every"
 ).split()
 NOT_NEGATIVE = [
     *HPARAM_NAMES,
-    *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef".split(),
+    *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef trust_region pessimism".split(),
 ]
 
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from jel.recipes.jel import PER_GROUP
+from jel.recipes.jel import OURS
 from nanochat.common import UserError, run_main
 
 _TINY = {"depth": 2, "aspect_ratio": 32, "head_dim": 32, "tokenizer": "tiny", "data": "embedded"}
 _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", "data": "embedded"}
 
 # What --recipe changes in meta_train's defaults, which are the paper's, before a preset does.
-RECIPES: dict[str, dict] = {"jel": PER_GROUP, "paper": {}}
+RECIPES: dict[str, dict] = {"jel": OURS, "paper": {}}
 
 PRESETS: dict[str, dict[str, dict]] = {
-    "paper": {"meta_train --recipe jel": {"policy_lr": 6e-3, "updates": 20}},  # assumption: as at tiny, not run
+    "paper": {},
     "tiny": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
@@ -49,7 +49,6 @@ PRESETS: dict[str, dict[str, dict]] = {
             "total_batch_size": 2048,
         },
         "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
-        "meta_train --recipe jel": {"policy_lr": 6e-3, "updates": 20},
     },
     "smoke": {
         "sweep": {"seeds": [42], "settings": 2},

@@ -54,12 +54,12 @@ class ActorCriticUpdate:
         self.optimizer = make_adam(policy, lr)
         self._episodes: dict[str, Tensor] = {}
 
-    def update(self, rollout: Rollout, number: int, of: int) -> dict[str, float]:
+    def update(self, rollout: Rollout, number: int, of: int) -> dict[str, float | None]:
         """Learn from one more group, as update `number` (from 0) `of` so many; the policy changes in place.
 
         Returns `loss` (minus the critic's expectation, at the end), `entropy` (nats per action dimension), `approx_kl`
         (nats an episode, of the means) and `critic_error` (how far the critic was off for this group before it saw it,
-        as a share of the group's spread; NaN for the first). Raises `JelError` if no episode is alive.
+        as a share of the group's spread; None for the first). Raises `JelError` if no episode is alive.
         """
         if not rollout.alive.any():
             raise JelError("no episode of this update started with a finite probe loss; check the task, not the policy")
@@ -72,16 +72,16 @@ class ActorCriticUpdate:
         finally:
             torch.set_num_threads(threads)
 
-    def _remember(self, rollout: Rollout, number: int) -> float:
+    def _remember(self, rollout: Rollout, number: int) -> float | None:
         """Add a group to the episodes. An episode that ends worse than it began counts as one that learned nothing."""
         begun = rollout.alive[:, 0]
         returns = self.returns(rollout.rewards, rollout.alive, self.gamma)[:, 0].clamp_min(0.0)[begun]
         actions = rollout.actions[begun]
-        error = float("nan")
-        if self._episodes:
+        error = None
+        if self._episodes and len(returns) > 1:
             with torch.no_grad():
                 wrong = returns - self.critic.returns(actions).float()
-            error = float(wrong.std() / returns.std().clamp_min(1e-9)) if len(returns) > 1 else error
+            error = float(wrong.std() / returns.std().clamp_min(1e-9))
         new = {"actions": actions, "groups": torch.full((len(returns),), number), "returns": returns}
         self._episodes = {name: torch.cat([self._episodes.get(name, t[:0]), t]) for name, t in new.items()}
         return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +33,7 @@ class Updater(Protocol):
     returns: Callable[[Tensor, Tensor, float], Tensor]
     gamma: float
 
-    def update(self, rollout: Rollout, number: int, of: int) -> dict[str, float]: ...
+    def update(self, rollout: Rollout, number: int, of: int) -> Mapping[str, float | None]: ...
 
     def state_dict(self) -> dict: ...
 

@@ -1,7 +1,7 @@
 """JEL assembled from its parts: progress, log-scale actions, group-relative policy gradients (paper 3).
 
 A recipe is a set of choices and nothing more: what it chooses from lives in `jel.knobs`, `jel.features`, `jel.policy`
-and `jel.learn`. The defaults are those of the paper's Table 2; `PER_GROUP` lists what our own recipe changes.
+and `jel.learn`. The defaults are those of the paper's Table 2; `OURS` lists what our own recipe changes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jel.errors import JelError
 from jel.knobs import Knob
+from jel.learn.actor_critic import ActorCriticUpdate
 from jel.learn.advantages import RETURNS, group_advantages, standard_grpo_advantages
 from jel.learn.env import Env
 from jel.learn.exploration import Exploration
@@ -29,15 +30,20 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "standard": standard_grpo_advantages,  # with GRPO's length and variance normalisation, the ablation of 4.4
 }
 
-# What the recipe `jel` changes in the paper's: corrections for some param groups around the shared multipliers, noise
-# that hardly changes within an episode, in antithetic pairs, and one return for all decisions of an episode.
-PER_GROUP = {
+# What the recipe `jel` changes in the paper's: corrections for some param groups around the shared multipliers, and
+# momentum; noise that hardly changes within an episode, in antithetic pairs; and a critic of whole episodes.
+OURS = {
     "corrections": "groups",
+    "momentum_range": 5.0,
     "noise_correlation": 0.9,
     "antithetic": 1,
-    "returns": "total",
-    "policy_lr_schedule": "linear",
+    "learner": "critic",
+    "policy_lr": 1e-2,
+    "updates": 12,
 }
+
+# What the learner `grpo` takes in place of the critic, as the recipe `jel` had it before there was one.
+PER_GROUP_GRPO = {"learner": "grpo", "returns": "total", "policy_lr_schedule": "linear", "policy_lr": 6e-3}
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,11 @@ class JelRecipe:
     # sets of param groups whose learning rate has a correction of its own, by the name of its knob
     corrections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     correction_range: float = 10.0
+    momentum_range: float = 1.0  # 1 - momentum (or beta1) is multiplied by a number in [1 / this, this]; 1: not at all
     features: tuple[str, ...] = ("progress",)
     hidden: int = 64
     initial_log_std: float = -0.5
+    learner: str = "grpo"  # or "critic"
     policy_lr: float = 3e-4
     policy_lr_schedule: str = "constant"  # or "linear", to 0 at the last update
     updates: int = 50
@@ -59,6 +67,10 @@ class JelRecipe:
     epochs: int = 4
     minibatch_size: int = 64
     entropy_coef: float = 0.0
+    final_log_std: float = -1.4  # the critic's part, down to the pessimism: see `ActorCriticUpdate`
+    policy_steps: int = 60
+    trust_region: float = 1.0
+    pessimism: float = 1.0
     returns: str = "reward-to-go"
     advantages: str = "group"
     exploration: Exploration = Exploration()
@@ -67,18 +79,21 @@ class JelRecipe:
     reward: RewardConfig = RewardConfig()
 
     def knobs(self) -> tuple[Knob, ...]:
-        """One multiplier on every group's learning rate, one on its weight decay (3.3), and the corrections.
+        """One multiplier on every group's learning rate, one on its weight decay (3.3), corrections, and momentum.
 
         A correction multiplies the shared learning rate, so that exploring takes few dimensions however many groups
         there are: groups without one follow the shared multiplier.
         """
-        for name, value in (("action_range", self.action_range), ("correction_range", self.correction_range)):
-            if not 1 < value <= 1e6:
+        for name in ("action_range", "correction_range", "momentum_range"):
+            value = getattr(self, name)
+            if not 1 < value <= 1e6 and not (name == "momentum_range" and value == 1):
                 raise JelError(f"{name} is {value}; it must lie above 1, and be at most 1e6")
         bounds = (1 / self.action_range, self.action_range)
         around = (1 / self.correction_range, self.correction_range)
         shared = Knob("lr", "lr", bounds=bounds), Knob("weight_decay", "weight_decay", bounds=bounds)
         own = [Knob(name, "lr", tuple(groups), bounds=around) for name, groups in self.corrections.items()]
+        if self.momentum_range > 1:
+            own.append(Knob("momentum", "1-momentum", bounds=(1 / self.momentum_range, self.momentum_range)))
         return *shared, *own
 
     def policy(self, seed: int) -> GaussianPolicy:
@@ -87,10 +102,23 @@ class JelRecipe:
     def env(self, task: Task, policy: GaussianPolicy) -> Env:
         return Env(task, policy.actions, policy.features, self.decision_interval, self.reward.measured)
 
-    def updater(self, policy: GaussianPolicy, seed: int) -> PolicyUpdate:
+    def updater(self, policy: GaussianPolicy, seed: int) -> PolicyUpdate | ActorCriticUpdate:
+        if self.learner == "critic":
+            return ActorCriticUpdate(
+                policy,
+                lr=self.policy_lr,
+                steps=self.policy_steps,
+                trust_region=self.trust_region,
+                pessimism=self.pessimism,
+                initial_log_std=self.initial_log_std,
+                final_log_std=self.final_log_std,
+                correlation=self.exploration.correlation,
+                seed=seed,
+            )
         return PolicyUpdate(
             policy,
             lr=self.policy_lr,
+            lr_schedule=self.policy_lr_schedule,
             gamma=self.gamma,
             clip=self.clip,
             epochs=self.epochs,
@@ -107,10 +135,8 @@ class JelRecipe:
         """The whole meta-training loop over `task`; `where`: rank, world_size and stop_requested of `MetaTrainer`."""
         policy = self.policy(policy_seed)
         config = GroupConfig(self.episodes, chunk, self.reward, self.exploration)
-        decay = (lambda update: 1 - update / self.updates) if self.policy_lr_schedule == "linear" else (lambda _: 1.0)
-        return MetaTrainer(
-            self.env(task, policy), policy, self.updater(policy, shuffle_seed), config, action_seed, decay, **where
-        )
+        updater = self.updater(policy, shuffle_seed)
+        return MetaTrainer(self.env(task, policy), policy, updater, config, action_seed, self.updates, **where)
 
     def searcher(self, method: str, task: Task, seed: int, chunk: int, **where: Any) -> SearchTrainer:
         """A search of `SEARCHES` over the same knobs and episodes, constants instead of a learned schedule.
