@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
+from jel.hyperparameters import FROM_ONE, scaled, write
 
 LARGEST = sys.float_info.max  # an integer may be finite and yet no float
 SCALES = ("log", "logit")
@@ -110,30 +111,24 @@ def apply_multipliers(
 
     `base[i]` is what the base schedule gives group i at this step, e.g. `{"lr": 0.02, "weight_decay": 0.1}`. What no
     multiplier names is written as the base has it, so the identity writes the base bit for bit. A group without a
-    "name" matches only "*". A multiplier is a float, or a tensor (E,) when the loop carries an episode axis. A value
-    that the group holds as a tensor is filled in place, so that captured graphs and compiled steps see the change.
+    "name" matches only "*". A multiplier is a float, or a tensor (E,) when the loop carries an episode axis; that of
+    "1-momentum" acts on the distance of a momentum (or beta1) from 1. A value that the group holds as a tensor is
+    filled in place, so that captured graphs and compiled steps see the change.
     Raises `JelError`, before anything is written, for what `validate_multipliers` refuses.
     """
     validate_multipliers(multipliers, [group["name"] for group in param_groups if "name" in group])
-    chosen = [multipliers_of_group(multipliers, group.get("name")) for group in param_groups]
-    for values, own in zip(base, chosen, strict=True):
-        if unknown := own.keys() - values.keys():
+    written: list[dict[str, float | Tensor]] = []
+    for group, values in zip(param_groups, base, strict=True):
+        own = multipliers_of_group(multipliers, group.get("name"))
+        if unknown := {key for key in own if key.removeprefix(FROM_ONE) not in values}:
             raise JelError(f"multiplier for {_listed(unknown)}, but the base schedule sets only {_listed(values)}")
-    products = [
-        {key: value * own.get(key, 1.0) for key, value in values.items()}
-        for values, own in zip(base, chosen, strict=True)
-    ]
-    for group, product in zip(param_groups, products, strict=True):
-        for key, value in product.items():
-            _write(group, key, value)
-
-
-def _write(group: dict, key: str, value: float | Tensor) -> None:
-    held = group.get(key)
-    if isinstance(held, Tensor) and (not isinstance(value, Tensor) or held.shape == value.shape):
-        held.copy_(value) if isinstance(value, Tensor) else held.fill_(value)
-    else:
-        group[key] = value
+        products = dict(values)
+        for key, multiplier in own.items():
+            products[key.removeprefix(FROM_ONE)] = scaled(key, values[key.removeprefix(FROM_ONE)], multiplier)
+        written.append(products)
+    for group, products in zip(param_groups, written):
+        for key, value in products.items():
+            write(group, key, value)
 
 
 def validate_multipliers(multipliers: Multipliers, group_names: Collection[str]) -> None:

@@ -36,15 +36,19 @@ def base_hparams(
     final_lr_frac: float,
     final_wd_frac: float,
 ) -> list[dict]:
-    """`{"lr", "weight_decay"}` per param group at this step, from each group's `initial_lr` and `initial_wd`.
+    """`{"lr", "weight_decay", "momentum"}` per param group at this step, from its `initial_lr` and the like.
 
-    For a group of kind "muon" also "momentum". Nothing is written: that is the hook's part.
+    The momentum of a group of kind "muon" has a schedule of its own; AdamW's is its beta1, and stays as it is. Nothing
+    is written: that is the hook's part.
     """
     lr = lr_factor(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac)
     wd = wd_factor(step, num_iterations, final_wd_frac)
     momentum = muon_momentum(step, num_iterations)
     return [
-        {"lr": g["initial_lr"] * lr, "weight_decay": g["initial_wd"] * wd}
-        | ({"momentum": momentum} if g.get("kind") == "muon" else {})
+        {
+            "lr": g["initial_lr"] * lr,
+            "weight_decay": g["initial_wd"] * wd,
+            "momentum": momentum if g["kind"] == "muon" else g["initial_momentum"],
+        }
         for g in param_groups
     ]

@@ -39,9 +39,8 @@ class Shard:
             work.wait()
         self._pending.clear()
 
-    def _hyper(self, name: str, like: torch.Tensor, trailing: int):
-        """A hyperparameter of the group for an update: (R,) with `trailing` axes of 1 added, else as in `_scalar`."""
-        value = self.group[name]
+    def _hyper(self, value, like: torch.Tensor, trailing: int):
+        """A hyperparameter's value for an update: (R,) with `trailing` axes of 1 added, else as in `_scalar`."""
         if _has_axes(value):
             dtype = torch.promote_types(like.dtype, torch.float32)  # rates are not rounded to bf16
             return value.to(like.device, dtype).view(-1, *(1,) * trailing)
@@ -126,20 +125,20 @@ class AdamWShard(Shard):
             p.device.type == "cpu" and p.dtype == a.dtype and p.is_contiguous() for p, a in zip(params, averages[0])
         ):
             return self._one_pass(params, self._grads, *averages)
-        beta1, beta2 = self.group["betas"]
         for p, *rest in zip(params, self._grads, *averages):
-            rates = [self._hyper(name, p, p.dim() - 1) for name in ("lr", "weight_decay")]
-            bias = [_scalar(1 - b**self.steps, p) for b in (beta1, beta2)]
-            f(p, *rest, *rates, beta1, beta2, self.group["eps"], *bias)
+            rates = [self._hyper(self.group[name], p, p.dim() - 1) for name in ("lr", "weight_decay")]
+            betas = [self._hyper(b, p, p.dim() - 1) if _has_axes(b) else b for b in self.group["betas"]]
+            bias = [self._hyper(1 - b**self.steps, p, p.dim() - 1) for b in self.group["betas"]]
+            f(p, *rest, *rates, *betas, self.group["eps"], *bias)
 
     def _one_pass(self, params, grads, *averages) -> None:
         """`adamw_update` by PyTorch's fused CPU kernel, one pass over memory. It takes floats: with R runs, R calls."""
         tensors = [params, [g.contiguous() for g in grads], *averages]
-        rates = [torch.as_tensor(self.group[name], dtype=torch.float64) for name in ("lr", "weight_decay")]
-        rates = torch.stack(torch.broadcast_tensors(*rates))  # (2,) or (2, R)
-        parts = [tensors] if rates.dim() == 1 else zip(*(zip(*(t.unbind() for t in ts)) for ts in tensors))
-        (beta1, beta2), steps = self.group["betas"], [torch.tensor(float(self.steps))] * len(params)
-        for part, (lr, weight_decay) in zip(parts, rates.view(2, -1).T.tolist(), strict=True):
+        values = self.group["lr"], self.group["weight_decay"], *self.group["betas"]
+        values = torch.stack(torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in values)))
+        parts = [tensors] if values.dim() == 1 else zip(*(zip(*(t.unbind() for t in ts)) for ts in tensors))
+        steps = [torch.tensor(float(self.steps))] * len(params)
+        for part, (lr, weight_decay, beta1, beta2) in zip(parts, values.view(4, -1).T.tolist(), strict=True):
             torch._fused_adamw_(
                 *part,
                 [],
@@ -206,14 +205,13 @@ class MuonShard(Shard):
         mine = self._mine(self.stack)
         tensors = [mine, self._grad, self.state["momentum_buffer"], self.state["second_momentum"]]
         tensors = [t.flatten(0, -3) for t in tensors]  # (own, [R,] ...) -> (own * R, ...)
-        for name in ("lr", "weight_decay"):
-            value = self._hyper(name, mine, 2)
+        for name in ("lr", "weight_decay", "momentum"):
+            value = self._hyper(self.group[name], mine, 2)
             tensors.append(value.repeat(self.own, 1, 1) if _has_axes(value) else value)
         n = len(tensors[0])
         size = n if mine.is_cuda else max(1, CACHE_ELEMENTS // tensors[0][0].numel())
-        rest = self._hyper("momentum", mine, 2), self.group["beta2"]
         for i in range(0, n, size):
-            f(*(t[i : i + size] if _has_axes(t) else t for t in tensors), *rest)
+            f(*(t[i : i + size] if _has_axes(t) else t for t in tensors), self.group["beta2"])
 
     def gather(self) -> None:
         self._grad = None

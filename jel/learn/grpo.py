@@ -6,13 +6,13 @@ Shapes: E episodes (the group), K decisions, S features, A knobs, N samples of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from jel.errors import JelError
 from jel.learn.advantages import discounted_returns, group_advantages
+from jel.learn.learner_state import learner_state, load_learner_state, make_adam
 from jel.learn.rollout import Rollout
 from jel.policy import GaussianPolicy
 
@@ -46,7 +46,8 @@ class PolicyUpdate:
     """Owns the policy's Adam and the shuffling: `update(rollout)` is one update of the paper's 50.
 
     `returns` maps (rewards, alive) to returns, by default the paper's, discounted by `gamma`; `advantages` maps
-    (returns, alive) to advantages: `group_advantages`, or `standard_grpo_advantages` to ablate.
+    (returns, alive) to advantages: `group_advantages`, or `standard_grpo_advantages` to ablate. `lr_schedule`:
+    "constant", or "linear", which falls to 0 at the last update.
     """
 
     def __init__(
@@ -60,25 +61,20 @@ class PolicyUpdate:
         minibatch_size: int,
         entropy_coef: float,
         seed: int,
+        lr_schedule: str = "constant",
         returns: Callable[[Tensor, Tensor, float], Tensor] = discounted_returns,
         advantages: Callable[[Tensor, Tensor], Tensor] = group_advantages,
     ):
         self.policy, self.lr, self.gamma, self.clip, self.epochs = policy, lr, gamma, clip, epochs
-        self.minibatch_size, self.entropy_coef = minibatch_size, entropy_coef
+        self.minibatch_size, self.entropy_coef, self.lr_schedule = minibatch_size, entropy_coef, lr_schedule
         self.returns, self.advantages = returns, advantages
         self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-        for p in policy.parameters():  # Adam's own start, made early so that the state always has one layout
-            self.optimizer.state[p] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        self.optimizer = make_adam(policy, lr)
 
-    def update(self, rollout: Rollout, lr_factor: float = 1.0) -> dict[str, float]:
+    def update(self, rollout: Rollout, number: int = 0, of: int = 1) -> dict[str, float]:
         """Run the epochs over shuffled minibatches of the alive samples; the policy changes in place.
 
-        `lr_factor` times the policy's learning rate is this update's.
+        It is update `number` (from 0) `of` so many, which a learning rate that falls must know.
 
         Returns `loss` and `grad_norm` (means over the minibatches), and over the whole rollout, after the update,
         `entropy` (nats per action dimension), `approx_kl` (old to new, the estimate mean(ratio - 1 - log ratio)) and
@@ -91,7 +87,7 @@ class PolicyUpdate:
             raise JelError("no episode of this update started with a finite probe loss; check the task, not the policy")
         advantages = self.advantages(self.returns(rollout.rewards, alive, self.gamma), alive)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor
+            group["lr"] = self.lr * (1 - number / of if self.lr_schedule == "linear" else 1.0)
         losses, norms = [], []
         for _ in range(self.epochs):
             for at in minibatches(alive, self.minibatch_size, self.policy.recurrent, self.generator):
@@ -123,27 +119,8 @@ class PolicyUpdate:
 
     def state_dict(self) -> dict:
         """All that the next update depends on: nested dicts with string keys and tensors at the leaves, copies."""
-        adam = {
-            name: {key: value.clone() for key, value in self.optimizer.state[p].items()}
-            for name, p in self.policy.named_parameters()
-        }
-        policy = {name: value.clone() for name, value in self.policy.state_dict().items()}
-        return {"policy": policy, "optimizer": adam, "generator": self.generator.get_state()}
+        return learner_state(self.policy, self.optimizer, self.generator)
 
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly where `state_dict` was taken. Raises `JelError` if it is that of another policy network."""
-        own = self.state_dict()
-        if _layout(state) != _layout(own):
-            raise JelError("the saved policy update does not fit this policy network; resume with the same sizes")
-        self.policy.load_state_dict(state["policy"])
-        self.generator.set_state(state["generator"])
-        for name, p in self.policy.named_parameters():
-            for key, value in self.optimizer.state[p].items():
-                value.copy_(state["optimizer"][name][key])
-
-
-def _layout(tree: Any) -> Any:
-    """The shape of a nested dict: its keys, and at each leaf the tensor's shape."""
-    if isinstance(tree, dict):
-        return {key: _layout(value) for key, value in tree.items()}
-    return tuple(tree.shape) if isinstance(tree, Tensor) else type(tree)
+        load_learner_state(state, self.policy, self.optimizer, self.generator)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from jel.knobs import Multipliers
 from jel.learn.env import Env
 from jel.learn.exploration import Exploration
-from jel.learn.grpo import PolicyUpdate
-from jel.learn.rollout import RewardConfig, collect
+from jel.learn.rollout import RewardConfig, Rollout, collect
 from jel.policy import GaussianPolicy, multiplier_table
 
 
@@ -26,8 +27,21 @@ class GroupConfig:
     exploration: Exploration = Exploration()
 
 
+class Updater(Protocol):
+    """What changes the policy after a group: `PolicyUpdate`, or `ActorCriticUpdate`."""
+
+    returns: Callable[[Tensor, Tensor, float], Tensor]
+    gamma: float
+
+    def update(self, rollout: Rollout, number: int, of: int) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
 class MetaTrainer:
-    """Owns the loop's state: the policy, its update, how many updates are done, and the seconds they took.
+    """Owns the loop's state: the policy, its update, and how many updates are done `of` those planned.
 
     `update()` is all or nothing: interrupted half way (`Interrupted`), it leaves the state as it was, and the same
     group runs again, bit for bit, after a resume. Identical on all ranks.
@@ -37,16 +51,16 @@ class MetaTrainer:
         self,
         env: Env,
         policy: GaussianPolicy,
-        updater: PolicyUpdate,
+        updater: Updater,
         config: GroupConfig,
         seed: int,
-        policy_lr_factor: Callable[[int], float] = lambda update: 1.0,
+        of: int,
         rank: int = 0,
         world_size: int = 1,
         stop_requested: Callable[[], bool] = lambda: False,
     ):
         self.env, self.policy, self.updater, self.config, self.seed = env, policy, updater, config, seed
-        self.policy_lr_factor = policy_lr_factor
+        self.of = of
         self.rank, self.world_size, self.stop_requested = rank, world_size, stop_requested
         self.updates = 0
 
@@ -67,7 +81,7 @@ class MetaTrainer:
             self.world_size,
             self.stop_requested,
         )
-        stats = self.updater.update(rollout, self.policy_lr_factor(self.updates))
+        stats = self.updater.update(rollout, self.updates, self.of)
         losses = rollout.probe_losses
         returns = self.updater.returns(rollout.rewards, rollout.alive, self.updater.gamma)[:, 0]  # (E,)
         whole = rollout.alive.all(dim=1) & losses.isfinite().all(dim=1)

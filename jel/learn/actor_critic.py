@@ -1,0 +1,124 @@
+"""The policy update of our recipe: the policy follows the gradient of a critic that has seen every episode so far.
+
+Shapes: E episodes (the group), N episodes so far, M sampled action sequences, K decisions, S features, A knobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from jel.errors import JelError
+from jel.learn.advantages import total_returns
+from jel.learn.critic import Critic
+from jel.learn.exploration import exploration_noise
+from jel.learn.learner_state import learner_state, load_learner_state, make_adam
+from jel.learn.rollout import Rollout
+from jel.policy import GaussianPolicy
+
+SAMPLES = 32  # action sequences that the expectation over the policy is taken from
+
+
+class ActorCriticUpdate:
+    """Owns the critic, the episodes it has seen, and the policy's Adam: a twin of `jel.learn.grpo.PolicyUpdate`.
+
+    `update` fits the critic to all episodes, then raises its expectation under the policy, E[Q(mean + std * noise)],
+    by `steps` of Adam at `lr`, while the policy's mean stays within `trust_region` (nats of KL divergence an episode,
+    exploration widths alike) of the one that the group was drawn from. The last update takes three times as many
+    steps, counts a return less `pessimism` standard deviations of the critic, and so ends near what was tried.
+
+    The exploration width is annealed: log_std goes from the policy's initial one to `final_log_std`.
+    """
+
+    returns: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(total_returns)
+    gamma = 1.0
+
+    def __init__(
+        self,
+        policy: GaussianPolicy,
+        *,
+        lr: float,
+        steps: int,
+        trust_region: float,
+        pessimism: float,
+        initial_log_std: float,
+        final_log_std: float,
+        correlation: float,
+        seed: int,
+    ):
+        self.policy, self.lr, self.steps, self.trust_region, self.pessimism = policy, lr, steps, trust_region, pessimism
+        self.initial_log_std, self.final_log_std, self.correlation = initial_log_std, final_log_std, correlation
+        self.critic, self.generator = Critic(policy.n_actions), torch.Generator().manual_seed(seed)
+        self.optimizer = make_adam(policy, lr)
+        self._episodes: dict[str, Tensor] = {}
+
+    def update(self, rollout: Rollout, number: int, of: int) -> dict[str, float]:
+        """Learn from one more group, as update `number` (from 0) `of` so many; the policy changes in place.
+
+        Returns `loss` (minus the critic's expectation, at the end), `entropy` (nats per action dimension), `approx_kl`
+        (nats an episode, of the means) and `critic_error` (how far the critic was off for this group before it saw it,
+        as a share of the group's spread; NaN for the first). Raises `JelError` if no episode is alive.
+        """
+        if not rollout.alive.any():
+            raise JelError("no episode of this update started with a finite probe loss; check the task, not the policy")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums do not depend on the machine's cores
+        try:
+            error = self._remember(rollout, number)
+            self.critic.fit(*(self._episodes[name] for name in ("actions", "groups", "returns")))
+            return {**self._raise(rollout.states, number, of), "critic_error": error}
+        finally:
+            torch.set_num_threads(threads)
+
+    def _remember(self, rollout: Rollout, number: int) -> float:
+        """Add a group to the episodes. An episode that ends worse than it began counts as one that learned nothing."""
+        begun = rollout.alive[:, 0]
+        returns = self.returns(rollout.rewards, rollout.alive, self.gamma)[:, 0].clamp_min(0.0)[begun]
+        actions = rollout.actions[begun]
+        error = float("nan")
+        if self._episodes:
+            with torch.no_grad():
+                wrong = returns - self.critic.returns(actions).float()
+            error = float(wrong.std() / returns.std().clamp_min(1e-9)) if len(returns) > 1 else error
+        new = {"actions": actions, "groups": torch.full((len(returns),), number), "returns": returns}
+        self._episodes = {name: torch.cat([self._episodes.get(name, t[:0]), t]) for name, t in new.items()}
+        return error
+
+    def _raise(self, states: Tensor, number: int, of: int) -> dict[str, float]:
+        E, K, _ = states.shape
+        last = number + 1 >= of
+        share = 1.0 if last else (number + 1) / (of - 1)
+        log_std = self.initial_log_std + share * (self.final_log_std - self.initial_log_std)
+        states = states[torch.arange(SAMPLES) % E]  # (M, K, S)
+        with torch.no_grad():
+            old_mean, old_log_std = self.policy(states)
+        steps = self.steps * (3 if last else 1)
+        for _ in range(steps):
+            noise = exploration_noise((SAMPLES, K, self.policy.n_actions), self.generator, self.correlation, True)
+            mean, own_log_std = self.policy(states)
+            actions = mean + torch.exp(torch.tensor(log_std)) * noise
+            value = self.critic.returns(actions, self.pessimism if last else 0.0).mean()
+            kl = 0.5 * ((mean - old_mean) / old_log_std.exp()).square().sum(-1).mean()
+            loss = -value + torch.relu(kl - self.trust_region) + (own_log_std - log_std).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        with torch.no_grad():
+            entropy = self.policy.entropy(states).mean()
+        return {"loss": -value.item(), "entropy": entropy.item(), "approx_kl": kl.item()}
+
+    def state_dict(self) -> dict:
+        """All that the next update depends on: nested dicts with string keys and tensors at the leaves, copies."""
+        return {
+            "learner": learner_state(self.policy, self.optimizer, self.generator),
+            "critic": self.critic.hyperparameters.clone(),
+            "episodes": {name: t.clone() for name, t in self._episodes.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue exactly where `state_dict` was taken. Raises `JelError` if it is that of another policy network."""
+        load_learner_state(state["learner"], self.policy, self.optimizer, self.generator)
+        self.critic.hyperparameters = state["critic"].clone()
+        self._episodes = {name: t.clone() for name, t in state["episodes"].items()}
