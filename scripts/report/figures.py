@@ -140,7 +140,10 @@ def multiplier_figure(
         axes.axhline(1, color="#999999", linewidth=0.8, zorder=1)
         axes.set(yscale="log", xlim=(-0.015, 1), xlabel="progress t/T", title=f"{name.replace('_', ' ')} multiplier")
     named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 6), fontsize=9)
+    if "best constant" in named:
+        named["best constant"] = named.pop("best constant")  # last
+    columns = len(named) if len(named) <= 4 else -(-len(named) // 2)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=9)
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(min(low, 0.5), max(high, 2))  # a policy near 1 everywhere is to look like one
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -25,12 +25,12 @@ OTHER = "#666666"
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A method: its bits per byte over seeds, and its price in run equivalents, without and with exploratory runs."""
+    """A method: bits per byte over seeds; run equivalents of finding its settings, and runs spent by hand before."""
 
     name: str
     bpb: Sequence[float]
     price: float
-    whole_price: float
+    by_hand: int = 0
     color: str = OTHER
     control: bool = False
     recovered: bool = False
@@ -46,7 +46,8 @@ class Point:
     @property
     def label(self) -> str:
         name = self.name.removesuffix(" over the same constants")
-        return textwrap.fill(f"{name}{' (recovered)' if self.recovered else ''} {self.mean:.3f}", 36)
+        by_hand = f" (+ {self.by_hand} by hand)" if self.by_hand else ""
+        return textwrap.fill(f"{name}{' (recovered)' if self.recovered else ''} {self.mean:.3f}{by_hand}", 36)
 
 
 def price_points(evidence: Evidence) -> list[Point]:
@@ -57,24 +58,22 @@ def price_points(evidence: Evidence) -> list[Point]:
         if price is not None:
             color = LINES.get(method, (OTHER,))[0]
             recovered = any(evidence.results(method, "recoveries").values())
-            known = price - exploratory_runs(evidence, method)
-            points.append(Point(LABELS.get(method, method), bpb, known, price, color, False, recovered))
+            by_hand = exploratory_runs(evidence, method)
+            name = LABELS.get(method, method)
+            points.append(Point(name, bpb, price - by_hand, by_hand, color, False, recovered))
     for row in evidence.sections.get("equal_budget", []):
         if row["run_equivalents"] is not None and None not in row["test_bpb"]:
-            points.append(Point(row["name"], row["test_bpb"], *[row["run_equivalents"]] * 2, control=True))
+            points.append(Point(row["name"], row["test_bpb"], row["run_equivalents"], control=True))
     return [p for p in points if p.bpb and all(map(math.isfinite, p.bpb))]
 
 
 @matplotlib.style.context(STYLE)
 def price_figure(points: Sequence[Point], subtitle: str) -> Figure:
-    """Mean and standard deviation over seeds by price on a log axis; what cost nothing stands at its left end.
-
-    An open circle joined to a point: its price with the exploratory runs that a person spent beforehand.
-    """
+    """Mean and standard deviation over seeds by price on a log axis; what cost nothing stands at its left end."""
     figure = Figure(figsize=(6.2, 4.8), layout="constrained")
     axes = figure.subplots()
-    paid = [x for p in points for x in (p.price, p.whole_price) if x > 0] or [1.0]
-    nothing = min(paid) / 4
+    paid = [p.price for p in points if p.price > 0] or [1.0]
+    nothing, right = min(paid) / 4, 15 * max(paid)  # right of the points is room for their names
     place = {p: max(p.price, nothing) for p in points}
     best = min(p.mean for p in points)
     ours = [p.mean for p in points if p.name == LABELS["jel"]]
@@ -82,7 +81,7 @@ def price_figure(points: Sequence[Point], subtitle: str) -> Figure:
     low, high = min(p.mean - p.std for p in near), max(p.mean + p.std for p in near)
     room = 0.12 * (high - low) or 0.01 * best
     low, high = low - 1.5 * room, high + (2 if len(near) < len(points) else 1) * room
-    axes.set(xscale="log", xlim=(nothing / 1.6, max(paid) * 5), ylim=(low, high))
+    axes.set(xscale="log", xlim=(nothing / 1.6, right), ylim=(low, high))
     place = dodged(place)
     for p, x in place.items():
         y, inside = (p.mean, True) if p in near else (high - 0.3 * room, False)
@@ -90,18 +89,15 @@ def price_figure(points: Sequence[Point], subtitle: str) -> Figure:
         if not inside:
             axes.plot(x, y, "^", **style)
         elif p.control:
-            axes.errorbar(x, y, p.std, fmt="D", elinewidth=1.2, capsize=2, **{**style, "markersize": 5})
+            axes.errorbar(x, y, p.std, fmt="D", elinewidth=1, capsize=2, **{**style, "markersize": 5, "zorder": 3})
         else:
             axes.errorbar(x, y, p.std, fmt="o", elinewidth=1.8, capsize=3, **style)
-        if p.whole_price > p.price:
-            axes.plot([x, p.whole_price], [y, y], ":", color=p.color, linewidth=1.2, zorder=2)
-            axes.plot(p.whole_price, y, "o", color=p.color, markerfacecolor="white", markersize=6, zorder=3)
     draw_labels(axes, {p: (place[p], p.mean if p in near else high - 0.3 * room) for p in points}, high - low)
-    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if any(p.price <= 0 for p in points):
-        ticks = [t for t in axes.get_xticks() if min(paid) <= t * 1.5 and t <= max(paid) * 5]
+        ticks = [t for t in axes.get_xticks() if 2 * nothing <= t <= right]
         axes.set_xticks([nothing, *ticks], labels=["none", *(f"{t:g}" for t in ticks)])
     axes.set(xlabel="price of finding the settings, in training runs", ylabel="bits per byte of the test split")
     axes.annotate("better and cheaper", (0.012, 0.015), (0.06, 0.055), **CORNER)
@@ -145,10 +141,8 @@ def draw_labels(axes: Axes, at: Mapping[Point, tuple[float, float]], height: flo
     for column in bunches({p: x for p, (x, _) in at.items()}, APART):
         x = max(at[p][0] for p in column) * 1.3
         heights = {p: 0.052 * height * (1 + p.label.count("\n")) for p in column}
-        # above the line to an open circle, not on it
-        wish = {p: at[p][1] + (0.035 * height if p.whole_price > p.price else 0) for p in column}
-        wanted = sorted(column, key=lambda p: wish[p])
-        middles = spread([wish[p] for p in wanted], [heights[p] for p in wanted], low, high)
+        wanted = sorted(column, key=lambda p: at[p][1])
+        middles = spread([at[p][1] for p in wanted], [heights[p] for p in wanted], low, high)
         for p, y in zip(wanted, middles):
             axes.plot([at[p][0], x], [at[p][1], y], color="#bbbbbb", linewidth=0.7, zorder=1)
             axes.text(

@@ -15,9 +15,9 @@ from scripts.report.tables import number
 
 CAPTIONS = {  # in the order of the report; a name is its files' stem
     "figure_1_price": "Figure 1. What each method reaches, and what finding its settings cost: mean over the seeds and "
-    "standard deviation, in run equivalents on a log axis. Diamonds are controls at the price of meta-training. An "
-    "open circle: the price with what a person spent before the sweep or the recipe was written down. A triangle at "
-    "the upper edge lies above it.",
+    "standard deviation, in run equivalents on a log axis; equal prices stand side by side. Diamonds: controls at the "
+    "price of meta-training. In brackets: runs that a person spent before the sweep or the recipe was written down, "
+    "which the axis leaves out. A triangle at the upper edge lies above it.",
     "figure_2_validation": "Figure 2. Validation bits per byte by step: mean of the seeds, and their range as a band.",
     "figure_3_multipliers": "Figure 3. Multipliers of the mean action at each decision, corrections multiplied in, by "
     "the policies that meta-training ended with: each seed's, their median, and their quartiles as a band; dashed, the "
@@ -35,6 +35,13 @@ SECTION_TITLES = {
     "ablations": "Ablations and negative results",
     "equal_budget": "Controls at the same price",
     "transfer": "Transfer",
+}
+SECTION_NOTES = {
+    "ablations": "Each row changes one thing in the recipe, learns again with every seed and deploys what it learned. "
+    "Run equivalents are the price of one policy; the verdict is JEL's against the row, paired by seed.",
+    "equal_budget": "What gets the same knobs and episodes for the same price, but no reinforcement learning or no "
+    "schedule. The verdict is JEL's against the row, paired by seed.",
+    "transfer": "Policies learned here, used elsewhere without learning again.",
 }
 
 
@@ -104,7 +111,7 @@ def report_blocks(evidence: Evidence, figures: set[str]) -> list[Block]:
         blocks += [("h2", "The controller"), *picture("figure_3_multipliers"), *picture("figure_meta_training")]
     for name, rows in evidence.sections.items():
         if rows:
-            blocks += [("h2", SECTION_TITLES[name]), ("table", tables.section_table(rows))]
+            blocks += [("h2", SECTION_TITLES[name]), ("p", SECTION_NOTES[name]), ("table", tables.section_table(rows))]
     return [*blocks, ("h2", "What was measured"), ("table", table)]
 
 
