@@ -5,6 +5,7 @@ Both ranks compute the one-rank reference beside their own part and compare, so 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -55,9 +56,15 @@ def batch(*shape, seed):
 
 
 def train(model, optimizer, steps, rows=slice(None)):
+    """Every other step sends gradients during the backward pass, and every third sends some that are not used."""
     for step in steps:
+        if step % 3 == 1:
+            with optimizer.reducing():
+                model(*(t[rows] for t in batch(4, T, seed=100 + step))).backward()
+            optimizer.zero_grad()
         idx, targets = batch(4, T, seed=step)
-        model(idx[rows], targets[rows]).backward()
+        with optimizer.reducing() if step % 2 else contextlib.nullcontext():
+            model(idx[rows], targets[rows]).backward()
         optimizer.step()
         model.zero_grad()
 
