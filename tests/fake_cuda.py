@@ -34,7 +34,16 @@ def build(folder: Path) -> Path:
     """Compile LIBRARY with g++ against the headers that PyTorch brings."""
     source, library, torch_folder = folder / "guard.cpp", folder / "guard.so", Path(torch.__file__).parent
     source.write_text(SOURCE)
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder / 'include'}", str(source), "-o", str(library)]
+    command = [
+        "g++",
+        "-shared",
+        "-fPIC",
+        "-std=c++20",
+        f"-I{torch_folder / 'include'}",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run([*command, f"-L{torch_folder / 'lib'}", "-lc10"], check=True, capture_output=True)
     return library
 
