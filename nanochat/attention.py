@@ -43,7 +43,8 @@ def backend_for(device_type: str, compiled: bool, shape: Shape | None = None, as
     """The kernels used on this device: "fa3", "varlen", "flex" or "sdpa".
 
     "auto" is SDPA on a CPU and for a short context. Else, if several are installed, the fastest at `shape`, by a
-    measurement that is printed; without a shape the first of `candidates`. Raises `UserError` for one that is not there.
+    measurement that is printed; without a shape the first of `candidates`. `asked` names one; raises `UserError` if it
+    is not there.
     """
     cuda, grouped = device_type == "cuda", shape is not None and shape.H != shape.K
     if asked == "auto" and (not cuda or (shape is not None and shape.T <= SHORT)):
@@ -84,7 +85,7 @@ def _load_flash_attention_3() -> Callable | None:
     try:
         return get_kernel(FA3_ON_HUB).flash_attn_func
     except Exception as error:  # whatever the package raises: not cached, not built for this torch
-        print0(f"attention: the package kernels has no FlashAttention-3 here ({str(error).splitlines()[:1]})")
+        print0(f"attention: the package kernels has no FlashAttention-3 here ({type(error).__name__})")
         return None
 
 

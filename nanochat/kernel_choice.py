@@ -37,7 +37,8 @@ def fastest(
             seconds[name] = _seconds(run, rounds)
             said.append(f"{name} {1e3 * seconds[name]:.2f} ms")
         except Exception as error:  # whatever a package that we do not know raises
-            said.append(f"{name} refused ({type(error).__name__}: {str(error).strip().splitlines()[:1]})")
+            reason = (str(error).strip().splitlines() or [""])[0]
+            said.append(f"{name} refused ({type(error).__name__}: {reason})")
     if not seconds:
         raise RuntimeError(f"{what}: no kernel works here: {'; '.join(said)}")
     best = min(seconds.values())

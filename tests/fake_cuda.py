@@ -133,6 +133,22 @@ def loss_backward_case() -> dict:
     return {"loss": describe(loss), "grads": [describe(g) for g in grads[:2]]}
 
 
+def head_products_case() -> dict:
+    """The products around the kernel, which is left out: one run and two, in chunks, and in float8."""
+    from nanochat import gpu_kernels
+
+    gpu_kernels._launch, gpu_kernels.CHUNK_ELEMENTS, found = lambda *_: None, 2 * 1024 * 256, []
+    for R, float8 in ((1, False), (2, False), (1, True)):
+        x, weight = (
+            torch.empty(R, 600, 64, device="cuda", dtype=torch.bfloat16),
+            torch.empty(R, 1024, 64, device="cuda"),
+        )
+        targets, factors = torch.zeros(R, 600, device="cuda").long(), torch.empty(R, 600, device="cuda")
+        losses, *grads = gpu_kernels.head_gradients._init_fn(x, weight, targets, factors, V, float8)
+        found.append([describe(t) for t in (losses, *grads)])
+    return {"found": found}
+
+
 def optimizer_case(runs: int | None) -> dict:
     """Programs that the optimizer's updates compile in the first two steps and over ten more decisions."""
     model, compile_ = make(runs, "sdpa", "plain"), torch.compile
@@ -156,7 +172,7 @@ def optimizer_case(runs: int | None) -> dict:
     }
 
 
-CASES = {"missing mask": missing_mask_case, "loss backward": loss_backward_case}
+CASES = {"missing mask": missing_mask_case, "loss backward": loss_backward_case, "head products": head_products_case}
 CASES |= {f"optimizer {runs}": partial(optimizer_case, None if runs == "one" else runs) for runs in ("one", 2)}
 
 

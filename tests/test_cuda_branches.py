@@ -54,21 +54,25 @@ def check_forward(found: dict, case: str) -> None:
     assert found["head"] == wanted, case
 
 
+def check_optimizer(found: dict) -> None:
+    first, last = found["programs"]
+    assert first == last > 0, "a decision compiled an update again"
+    assert (found["breaks"], found["weights"], found["state"]) == (0, [FP32], [FP32])
+
+
 def test_the_branches_of_cuda(fake_cuda):
-    """A quarter of the combinations, and what does not depend on them; all of them under the marker slow."""
-    forward = [f"one varlen {'triton' if TRITON else 'plain'} training", "2 flex plain evaluation"]
-    others = ["missing mask", "optimizer one", "optimizer 2", *(["loss backward"] if TRITON else [])]
-    found = fake_cuda(*forward, *others)
-    for case in forward:
-        check_forward(found[case], case)
+    """One combination of kernels, and what does not depend on it; all of them under the marker slow."""
+    forward = f"one varlen {'triton' if TRITON else 'plain'} training"
+    found = fake_cuda(forward, "missing mask", "optimizer 2", *(["loss backward", "head products"] if TRITON else []))
+    check_forward(found[forward], forward)
+    check_optimizer(found["optimizer 2"])
     assert "no block mask for 512 tokens and a window of 256" in found["missing mask"]["error"]
-    for name in ("optimizer one", "optimizer 2"):
-        first, last = found[name].pop("programs")
-        assert first == last > 0, "a decision compiled an update again"
-        assert found[name] == {"breaks": 0, "weights": [FP32], "state": [FP32]}
     if TRITON:
         x, weight = [[2, 8, 64], "bfloat16", "cuda"], [[2, 1024, 64], "float32", "cuda"]
         assert found["loss backward"] == {"loss": [[2], "float32", "cuda"], "grads": [x, weight]}
+        for R, tensors in zip((1, 2, 1), found["head products"]["found"], strict=True):
+            wanted = ([R, 600], "float32"), ([R, 600, 64], "bfloat16"), ([R, 1024, 64], "float32")
+            assert tensors == [[shape, dtype, "cuda"] for shape, dtype in wanted]
 
 
 @pytest.mark.slow
@@ -78,6 +82,7 @@ def test_every_combination_of_kernels_is_one_graph(fake_cuda):
     combinations = product(("one", "2"), ("sdpa", "varlen", "flex"), ("plain", "triton"))
     cases = [f"{r} {a} {k} {'evaluation' if a == 'flex' else 'training'}" for r, a, k in combinations]
     cases.append("one varlen triton-fp8 training")
-    found = fake_cuda(*cases)
+    found = fake_cuda(*cases, "optimizer one")
     for case in cases:
         check_forward(found[case], case)
+    check_optimizer(found["optimizer one"])
