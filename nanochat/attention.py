@@ -72,6 +72,7 @@ def candidates(compiled: bool, grouped: bool = False) -> list[str]:
     return [*fast, *(["flex"] if compiled and not fast else []), "sdpa"]
 
 
+@cache
 def _load_flash_attention_3() -> Callable | None:
     if importlib.util.find_spec("flash_attn_interface") is not None:
         from flash_attn_interface import flash_attn_func

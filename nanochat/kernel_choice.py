@@ -39,6 +39,9 @@ def fastest(
         except Exception as error:  # whatever a package that we do not know raises
             reason = (str(error).strip().splitlines() or [""])[0]
             said.append(f"{name} refused ({type(error).__name__}: {reason})")
+    if torch.cuda.is_available():  # the run starts with the memory, and the record of its peak, that it would have had
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if not seconds:
         raise RuntimeError(f"{what}: no kernel works here: {'; '.join(said)}")
     best = min(seconds.values())
