@@ -61,7 +61,7 @@ def candidates(compiled: bool, grouped: bool = False) -> list[str]:
     """What can run on this GPU, the likely fastest first.
 
     fa3: FlashAttention-3, from `flash_attn_interface` or from the cache of the `kernels` package, on a Hopper GPU.
-    varlen: torch's FlashAttention-2, where its `varlen_attn` takes a window. flex: FlexAttention, inside `torch.compile`
+    varlen: torch's FlashAttention-2, where its `varlen_attn` takes a window. flex: FlexAttention, in `torch.compile`
     only, where it skips the blocks outside the window; where one of the others is there, its compilation is not worth
     the wait. sdpa: takes a dense mask for the window.
     """
