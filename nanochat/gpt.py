@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from nanochat import attention as attn_kernels
 from nanochat.cpu_kernels import mix, mlp, norm, rotary_norm
-from nanochat.loss_head import ChunkedLoss, cross_entropy, mean_loss, softcapped_logits
+from nanochat.loss_head import head_loss, loss_kernel_for, softcapped_logits
 from nanochat.optim import MuonAdamW
 
 VE_GATE_CHANNELS = 32  # the gate of the value embeddings reads this many channels of the block input
@@ -149,8 +149,7 @@ class GPT(nn.Module):
         if config.n_embd < VE_GATE_CHANNELS:
             raise ValueError(f"width {config.n_embd} is below {VE_GATE_CHANNELS}, which the value-embedding gate reads")
         self.config, self.runs = config, runs
-        self.backend = "sdpa"
-        self.chunked_loss = False  # set by `prepare`
+        self.backend, self.chunked_loss, self.fused_loss = "sdpa", False, ""  # set by `prepare`
         lead = () if runs is None else (runs,)
         padded_vocab = math.ceil(config.vocab_size / 64) * 64
         head_dim = config.n_embd // config.n_head
@@ -178,23 +177,42 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def prepare(self, compiled: bool | None = None) -> Callable:
+    def prepare(
+        self,
+        compiled: bool | None = None,
+        rows: int = 8,
+        attention: str = "auto",
+        loss: str = "auto",
+        cuda_graphs: bool = False,
+    ) -> Callable:
         """Choose the kernels for the device that holds the weights; returns what to call in training.
 
-        On CUDA that is the compiled model. On a CPU it is the model itself: compilation takes half a minute, more than
-        most runs on a CPU would gain (`scripts.bench` measures it).
+        On CUDA that is the compiled model, in one graph. On a CPU it is the model itself: compilation takes half a
+        minute, more than most runs on a CPU would gain (`scripts.bench` measures it). "auto" takes the kernel that is
+        fastest here for micro-batches of `rows` rows; `attention` and `loss` may name another of `ATTENTIONS` and
+        `LOSSES`. `cuda_graphs`: see `replayed`. Raises `UserError` for a kernel that is not there.
         """
-        on_cpu = self.device.type == "cpu"
-        compiled = not on_cpu if compiled is None else compiled
-        self.backend = attn_kernels.backend_for(self.device.type, compiled)
+        device, c, R = self.device.type, self.config, self.runs
+        compiled = device != "cpu" if compiled is None else compiled
+        head_dim = c.n_embd // c.n_head
+        attended = attn_kernels.Shape(
+            rows * (R or 1), c.sequence_len, c.n_head, c.n_kv_head, head_dim, tuple(self.windows)
+        )
+        self.backend = attn_kernels.backend_for(device, compiled, attended, attention)
         if self.backend == "flex":
-            attn_kernels.prepare_block_masks(self.config.sequence_len, self.windows, self.device)
-        self.chunked_loss = on_cpu and not compiled
+            attn_kernels.prepare_block_masks(c.sequence_len, self.windows, self.device)
+        head = R, rows * c.sequence_len, c.n_embd, self.lm_head.weight.size(-2), c.vocab_size
+        loss = loss_kernel_for(device, compiled, head, loss)
+        self.chunked_loss, self.fused_loss = loss == "chunked", loss if loss.startswith("triton") else ""
         self.kernels = (
-            f"attention: {self.backend}; loss: {'chunked' if self.chunked_loss else 'full logits'}; torch.compile: "
+            f"attention: {self.backend}; loss: {'full logits' if loss == 'plain' else loss}; torch.compile: "
             + ("on" if compiled else "off, on a CPU its start costs more than it gains")
         )
-        return torch.compile(self, dynamic=False) if compiled else self
+        if not compiled:
+            return self
+        if cuda_graphs:
+            return replayed(torch.compile(self, dynamic=False, fullgraph=True, mode="reduce-overhead"))
+        return torch.compile(self, dynamic=False, fullgraph=True)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -265,17 +283,12 @@ class GPT(nn.Module):
         x = norm(x)
 
         head, shape, V = self.lm_head.weight, x.shape[-3:-1], self.config.vocab_size
-        head = head[..., :V, :] if head.size(-2) > V else head
         x = x.flatten(-3, -2)  # (..., N, C)
         if targets is None:
+            head = head[..., :V, :] if head.size(-2) > V else head
             return softcapped_logits(x, head).unflatten(-2, shape)
-        targets = targets.flatten(-2)  # (..., N)
-        if loss_reduction == "mean" and self.chunked_loss and torch.is_grad_enabled():
-            if self.runs is None:
-                return ChunkedLoss.apply(x[None], head[None], targets[None])[0]
-            return ChunkedLoss.apply(x, head, targets)
-        losses = cross_entropy(softcapped_logits(x, head), targets)
-        return losses if loss_reduction == "none" else mean_loss(losses, targets)
+        kernel = self.fused_loss or ("chunked" if self.chunked_loss else "plain")
+        return head_loss(x, head, targets.flatten(-2), V, kernel, loss_reduction)
 
     def num_params(self) -> int:
         """Parameters of one model."""
@@ -342,6 +355,20 @@ class GPT(nn.Module):
         covered, total = sum(p.numel() for g in groups for p in g["params"]), sum(p.numel() for p in self.parameters())
         assert covered == total, f"the groups hold {covered} of {total} parameters"
         return MuonAdamW(groups, rank=rank, world_size=world_size)
+
+
+def replayed(compiled: Callable) -> Callable:
+    """A forward pass under CUDA graphs (`mode="reduce-overhead"`): launches cost nothing, for models of short steps.
+
+    A replay overwrites what the last one returned, gradients too. So a step may have one micro-batch only, and its
+    gradients must be used before the next forward pass, one of an evaluation included; the loss is copied here.
+    """
+
+    def forward(*args, **kwargs):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args, **kwargs).clone()
+
+    return forward
 
 
 def window_sizes(config: GPTConfig) -> list[int]:

@@ -1,18 +1,58 @@
-"""The head of the model: projection, softcap and cross-entropy.
+"""The head of the model: projection, softcap and cross-entropy, in the plain form and by kernels that equal it.
 
-R runs, N tokens, C width, V vocabulary. Logits are in fp32 or wider and capped at +-15: `15 * tanh(logits / 15)`.
+R runs, N tokens, C width, V vocabulary, P = V padded, the rows that the weight has. Logits are in fp32 or wider and
+capped at +-15: `15 * tanh(logits / 15)`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nanochat.common import UserError
+from nanochat.kernel_choice import fastest
+
 SOFTCAP = 15.0
+LOSSES = ("auto", "plain", "chunked", "triton", "triton-fp8")
+MEASURED_TOKENS = 1 << 15  # a choice of the kernel is made with at most so many, over all runs
+TOLERANCE = 0.02  # relative error of a kernel in bf16 against the plain form
 CHUNK_ELEMENTS = 1 << 22  # logits that `ChunkedLoss` holds at a time: 16 MB; smaller chunks read the weights more often
+
+
+def head_loss(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab: int,
+    kernel: str = "plain",
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """The loss of x (N, C) under weight (P, C) and targets (N,), or of R runs: (R, N, C), (R, P, C), (R, N).
+
+    Mean over the tokens whose target is not -1, () or (R,); with `reduction` "none" losses (N,) or (R, N), 0 where the
+    target is -1. `kernel`: "plain" keeps the logits, as autograd or torch.compile will have them; "chunked" is
+    `ChunkedLoss` where a mean is differentiated, else plain; "triton" is `nanochat/gpu_kernels.py`, and "triton-fp8"
+    the same with the logits' product in float8 in training.
+    """
+    if kernel.startswith("triton"):
+        from nanochat.gpu_kernels import fused_loss
+
+        rows = (x, weight, targets) if x.dim() == 3 else (x[None], weight[None], targets[None])
+        loss = fused_loss(*rows, vocab, reduction, float8=kernel == "triton-fp8")
+        return loss if x.dim() == 3 else loss[0]
+    weight = weight[..., :vocab, :] if weight.size(-2) > vocab else weight
+    if kernel == "chunked" and reduction == "mean" and torch.is_grad_enabled():
+        if x.dim() == 2:
+            return ChunkedLoss.apply(x[None], weight[None], targets[None])[0]
+        return ChunkedLoss.apply(x, weight, targets)
+    losses = cross_entropy(softcapped_logits(x, weight), targets)
+    return losses if reduction == "none" else mean_loss(losses, targets)
 
 
 def softcapped_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -74,3 +114,58 @@ class ChunkedLoss(torch.autograd.Function):
         grad_x, grad_w = ctx.saved_tensors
         grad = grad[:, None, None]
         return grad_x * grad, grad_w * grad, None
+
+
+# -----------------------------------------------------------------------------
+# the choice
+
+
+def loss_kernel_for(
+    device_type: str, compiled: bool, shape: tuple[int | None, int, int, int, int], asked: str = "auto"
+) -> str:
+    """The kernel of `head_loss` on this device, for `shape`: R or None, N, C, P, V.
+
+    "auto" on a CPU: "chunked" in eager mode, "plain" where it is compiled. "auto" on CUDA: the fastest of what is
+    there, by a measurement that is printed. Raises `UserError` for one that is not there.
+    """
+    cuda, (R, N, *sizes) = device_type == "cuda", shape
+    names = ["plain", "chunked"]
+    if cuda and importlib.util.find_spec("triton") is not None:
+        names += ["triton"]
+        if R is None and torch.cuda.get_device_capability() >= (8, 9):
+            names += ["triton-fp8"]
+    if asked in names:
+        return asked
+    if asked != "auto":
+        raise UserError(f"loss kernel {asked!r} is not available here; there is {', '.join(names)}")
+    if not cuda:
+        return "plain" if compiled else "chunked"
+    if "triton" not in names:
+        return "plain"
+    return measured_loss((R, min(N, max(1, MEASURED_TOKENS // (R or 1))), *sizes), compiled)
+
+
+@cache
+def measured_loss(shape: tuple[int | None, int, int, int, int], compiled: bool, rounds: int = 10) -> str:
+    """The fastest kernel for a mean loss in bf16 and its gradients, on this GPU; the plain form as it will be used."""
+    R, N, C, P, V = shape
+    device, lead = torch.device("cuda", torch.cuda.current_device()), () if R is None else (R,)
+    g = torch.Generator(device).manual_seed(0)
+    x = torch.randn(*lead, N, C, generator=g, device=device, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(*lead, P, C, generator=g, device=device).mul_(C**-0.5).requires_grad_()
+    targets = torch.randint(V, (*lead, N), generator=g, device=device)
+
+    def run(kernel: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+        def loss_of(x, weight):
+            return head_loss(x, weight, targets, V, kernel).sum()
+
+        f = torch.compile(loss_of, dynamic=False, fullgraph=True) if compiled else loss_of
+
+        def forward_backward():
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = f(x, weight)
+            return (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
+
+        return forward_backward
+
+    return fastest("loss", {name: run(name) for name in ("triton", "plain")}, "plain", TOLERANCE, rounds)

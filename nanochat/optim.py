@@ -6,6 +6,10 @@ Hyperparameters are floats or tensors that broadcast: 0-D, so that a change neve
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 
 from nanochat.optim_sharding import AdamWShard, MuonShard, Shard
@@ -136,16 +140,46 @@ class MuonAdamW(torch.optim.Optimizer):
             for name, f in (("adamw", adamw_update), ("muon", muon_update))
         }
 
+    @contextlib.contextmanager
+    def reducing(self) -> Iterator[None]:
+        """Around the last backward pass of a step: a group's gradients are sent as soon as all of them are there.
+
+        What was sent is waited for at the end, and `step` does not send it again; the gradients of this rank stay in
+        `.grad`. Small tensors, which are averaged in place, wait for `step`. On one rank this does nothing.
+        """
+        missing = {s: len(s.group["params"]) for s in self._shards if self.world_size > 1 and s.keeps_gradients()}
+
+        def arrived(shard: Shard, _) -> None:
+            missing[shard] -= 1
+            if missing[shard] == 0:
+                shard.reduce_once()
+
+        hooks = [p.register_post_accumulate_grad_hook(partial(arrived, s)) for s in missing for p in s.group["params"]]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for shard in missing:
+                shard.wait()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and what was sent of an update that was not taken."""
+        for shard in self._shards:
+            shard.reduced = False
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def step(self, closure=None):
         """Reduce, update and gather every group; the communication of one group overlaps the work on the others."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for shard in self._shards:
-            shard.reduce()
+            shard.reduce_once()
         for shard in self._shards:
             shard.wait()
             shard.steps += 1
+            shard.reduced = False
             shard.update(self._compiled[shard.group["kind"]])
             shard.gather()
         for shard in self._shards:

@@ -17,8 +17,13 @@ def _has_axes(value) -> bool:
 
 
 def _scalar(value, like: torch.Tensor):
-    """A float, or on CUDA a 0-D tensor, filled there without a copy: a change neither recompiles nor synchronises."""
-    return torch.full((), float(value), device=like.device) if like.is_cuda else float(value)
+    """A float, or for an update on CUDA a 0-D CPU tensor, which is an argument of the compiled kernels.
+
+    So a change neither recompiles, nor launches anything, nor waits for the device. A tensor stays where it is.
+    """
+    if not like.is_cuda:
+        return float(value)
+    return value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
 
 
 class Shard:
@@ -32,12 +37,25 @@ class Shard:
         self.group, self.rank, self.world_size = group, rank, world_size
         self.steps = 0
         self.state: dict[str, torch.Tensor] = {}
+        self.reduced = False  # since the last update
         self._pending: list = []
 
     def wait(self) -> None:
         for work in self._pending:
             work.wait()
         self._pending.clear()
+
+    def reduce_once(self) -> None:
+        """`reduce`, unless the backward pass has done it (`MuonAdamW.reducing`)."""
+        if not self.reduced:
+            self.reduce()
+            self.reduced = True
+
+    def _average_op(self) -> tuple[dist.ReduceOp.RedOpType, int]:
+        """How gradients are added up over the ranks, and what the sum must be divided by: gloo has no average."""
+        if dist.get_backend() == "nccl":
+            return dist.ReduceOp.AVG, 1
+        return dist.ReduceOp.SUM, self.world_size
 
     def _hyper(self, value, like: torch.Tensor, trailing: int):
         """A hyperparameter's value for an update: (R,) with `trailing` axes of 1 added, else as in `_scalar`."""
@@ -61,7 +79,13 @@ class Shard:
 
     def _reduce_scatter(self, out: torch.Tensor, full: torch.Tensor) -> None:
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-        self._pending.append(scatter(out, full, async_op=True))
+        self._pending.append(scatter(out, full, op=self._average_op()[0], async_op=True))
+
+    def _divide(self, *sums: torch.Tensor) -> None:
+        """Make the sums of `reduce` averages, where they are not."""
+        if self.world_size > 1 and (n := self._average_op()[1]) > 1:
+            for total in sums:
+                total.div_(n)
 
     def state_dict(self) -> dict:
         return {"step": self.steps, **{name: self._full(name, t).clone() for name, t in self.state.items()}}
@@ -105,6 +129,9 @@ class AdamWShard(Shard):
     def _own(self, name, full):
         return self._rows(int(name.split(".")[1]), full)
 
+    def keeps_gradients(self) -> bool:
+        return all(self.split)
+
     def reduce(self) -> None:
         self._grads = [p.grad for p in self.group["params"]]
         if self.world_size == 1:
@@ -114,11 +141,10 @@ class AdamWShard(Shard):
                 self._grads[i] = torch.empty_like(self._rows(i, grad))
                 self._reduce_scatter(self._grads[i], grad)
             else:
-                self._pending.append(dist.all_reduce(grad, async_op=True))
+                self._pending.append(dist.all_reduce(grad, op=self._average_op()[0], async_op=True))
 
     def update(self, f) -> None:
-        for grad in self._grads if self.world_size > 1 else ():
-            grad.div_(self.world_size)
+        self._divide(*self._grads)
         params = [self._rows(i, p) for i, p in enumerate(self.group["params"])]
         averages = [[self.state[f"{kind}.{i}"] for i in range(len(params))] for kind in ("exp_avg", "exp_avg_sq")]
         if all(
@@ -191,6 +217,9 @@ class MuonShard(Shard):
         padded[: len(full)] = full
         return self._mine(padded)
 
+    def keeps_gradients(self) -> bool:
+        return True
+
     def reduce(self) -> None:
         params = self.group["params"]
         torch.stack([p.grad for p in params], out=self.grads[: len(params)])
@@ -200,8 +229,7 @@ class MuonShard(Shard):
             self._reduce_scatter(self._grad, self.grads)
 
     def update(self, f) -> None:
-        if self.world_size > 1:
-            self._grad.div_(self.world_size)
+        self._divide(self._grad)
         mine = self._mine(self.stack)
         tensors = [mine, self._grad, self.state["momentum_buffer"], self.state["second_momentum"]]
         tensors = [t.flatten(0, -3) for t in tensors]  # (own, [R,] ...) -> (own * R, ...)

@@ -64,6 +64,10 @@ class ScheduleFreeMuon:
         self.muon.step()
         return loss
 
+    def reducing(self):
+        """As `MuonAdamW.reducing`, of the matrices."""
+        return self.muon.reducing()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.free.zero_grad(set_to_none)
         self.muon.zero_grad(set_to_none)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -27,11 +28,12 @@ def train_step(
     may have averaged some of them over the ranks. Returns the mean loss, () or (R,).
     """
     optimizer.zero_grad(set_to_none=True)
-    total = None
-    for inputs, targets in batches:
+    total, overlap = None, getattr(optimizer, "reducing", nullcontext)
+    for i, (inputs, targets) in enumerate(batches):
         with compute.autocast():
             loss = forward(inputs, targets)
-        (loss.sum() / len(batches)).backward()
+        with overlap() if i == len(batches) - 1 else nullcontext():
+            (loss.sum() / len(batches)).backward()
         total = loss.detach() if total is None else total + loss.detach()
     loss = total / len(batches)
     if accept is None or accept(loss):

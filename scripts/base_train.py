@@ -17,6 +17,7 @@ import torch
 
 from jel import Controller, Decision, JelError, apply_multipliers, as_decision, load_controller
 from jel.knobs import LARGEST
+from nanochat.attention import ATTENTIONS
 from nanochat.checkpoint import save_weights
 from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
 from nanochat.dataloader import DataLoader
@@ -24,6 +25,7 @@ from nanochat.dataset import corpus_record, resolve_data
 from nanochat.divergence_guard import DivergenceGuard, Verdict
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_head import LOSSES
 from nanochat.lr_schedule import base_hparams
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import Stopwatch, format_seconds
@@ -91,11 +93,14 @@ def flags() -> argparse.ArgumentParser:
     flag("--run", default="dummy", help="wandb run name; dummy = off")
     flag("--model-tag", default="", help="name of the run's folder; default d<depth>")
     flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
+    flag("--attention", choices=ATTENTIONS, default="auto", help="kernel; auto = on a GPU the fastest, by measurement")
+    flag("--loss-kernel", choices=LOSSES, default="auto", help="likewise; triton-fp8 rounds the logits' product")
     flag("--seed", type=int, default=42)
     return parser
 
 
 MAY_CHANGE = {"resume", "run", "model_tag", "device_batch_size", "save_every", "device_type", "sample_tokens"}
+MAY_CHANGE |= {"attention"}  # the kernel of the loss may not: one of them rounds
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Controller | None]:
@@ -131,7 +136,9 @@ def main() -> int:
 
     model = build_model(args, tokenizer.vocab_size, compute)
     config = model.config
-    forward = model.prepare()  # the model as it is called: compiled on CUDA
+    forward = model.prepare(
+        attention=args.attention, loss=args.loss_kernel
+    )  # the model as it is called: compiled on CUDA
     print0(model.kernels)
     num_iterations, accumulation = derive_length(args, model.num_params(), compute.world_size)
     optimizer, schedule = build_optimizer(args, model, compute)

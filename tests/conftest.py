@@ -14,6 +14,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads this when it is first imported
 settings.register_profile("suite", derandomize="EXAMPLES" not in os.environ)  # the same examples in every run
 settings.load_profile("suite")
 ROOT = Path(__file__).parent.parent

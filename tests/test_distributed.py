@@ -5,6 +5,7 @@ Both ranks compute the one-rank reference beside their own part and compare, so 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -55,9 +56,15 @@ def batch(*shape, seed):
 
 
 def train(model, optimizer, steps, rows=slice(None)):
+    """Every other step sends gradients during the backward pass, and every third sends some that are not used."""
     for step in steps:
+        if step % 3 == 1:
+            with optimizer.reducing():
+                model(*(t[rows] for t in batch(4, T, seed=100 + step))).backward()
+            optimizer.zero_grad()
         idx, targets = batch(4, T, seed=step)
-        model(idx[rows], targets[rows]).backward()
+        with optimizer.reducing() if step % 2 else contextlib.nullcontext():
+            model(idx[rows], targets[rows]).backward()
         optimizer.step()
         model.zero_grad()
 
@@ -93,6 +100,25 @@ def check_training(rank: int, kind: str, n_layer: int) -> None:
         assert_equal(run[0].state_dict(), alone[0].state_dict())
 
 
+def check_overlap(rank: int) -> None:
+    """Before backward is over, the head's gradient is on its way; what was sent is not sent again."""
+    model, optimizer = make("muon-adamw", 3, rank, 2)
+    shards, sent = {shard.group["name"]: shard for shard in optimizer._shards}, []
+    seen = model.transformer.wte.weight.register_post_accumulate_grad_hook(
+        lambda _: sent.extend(name for name, shard in shards.items() if shard.reduced)
+    )
+    with optimizer.reducing():
+        model(*batch(4, T, seed=0)).backward()
+    seen.remove()
+    assert "lm_head" in sent
+    assert {name for name, shard in shards.items() if not shard.reduced} == {"resid_lambdas", "x0_lambdas"}
+    before = shards["lm_head"]._grads[0]
+    shards["lm_head"].reduce_once()
+    assert shards["lm_head"]._grads[0] is before
+    optimizer.zero_grad()
+    assert not any(shard.reduced for shard in shards.values())
+
+
 def check_evaluation(rank: int) -> None:
     """The ranks share the batches unevenly: 2 and 1."""
     model, bytes_of, batches = make_model(), (torch.arange(V) + 1) % 5, [batch(4, T, seed=i) for i in range(3)]
@@ -118,6 +144,7 @@ def two_ranks(rank: int, store: str) -> None:
     check_training(rank, "muon-adamw", n_layer=3)  # stacks of 2, 3 and 6
     check_training(rank, "muon-adamw", n_layer=2)  # one gate only: the second rank owns nothing but padding
     check_training(rank, "schedule-free", n_layer=3)
+    check_overlap(rank)
     check_evaluation(rank)
     check_stop(rank)
     dist.barrier()
