@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import Compute, UserError
+from nanochat.common import Compute, need
 from nanochat.files import atomic_file, write_json
 
 
@@ -39,6 +39,9 @@ def environment_record(compute: Compute) -> dict:
     }
 
 
+MEASURED = {"dt", "tokens_per_second", "mfu", "peak_memory_mb"}  # of a step's record: these differ from run to run
+
+
 class NullLogger:
     """Stands in for a wandb run: the same two methods, doing nothing."""
 
@@ -51,13 +54,7 @@ def wandb_logger(name: str, config: dict, project: str = "nanochat"):
     """A wandb run called `name`, or a `NullLogger` for `""` and `"dummy"` (off). Raises `UserError` without wandb."""
     if name in ("", "dummy"):
         return NullLogger()
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            f"--run {name} needs wandb, which is not installed: pip install wandb, or --run dummy"
-        ) from None
-    return wandb.init(project=project, name=name, config=config)
+    return need("wandb", f"--run {name}").init(project=project, name=name, config=config)
 
 
 class RunLog:

@@ -6,10 +6,10 @@ evaluating or saving a model.
 
 from __future__ import annotations
 
-import schedulefree
 import torch
 import torch.distributed as dist
 
+from nanochat.common import need
 from nanochat.optim import MuonAdamW
 
 _COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")  # the package's state besides its tensors
@@ -38,9 +38,7 @@ class ScheduleFreeMuon:
             raise ValueError(f"schedule-free betas {betas} must lie between 0 and 1")
         self.muon = MuonAdamW([g for g in groups if g["kind"] == "muon"], rank, world_size)
         self.params = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
-        for p in self.params:  # the weights hold an average over steps, to which late steps add too little for bf16
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-        self.free = schedulefree.AdamWScheduleFree(
+        self.free = need("schedulefree", "--optimizer schedule-free").AdamWScheduleFree(
             self.params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, warmup_steps=warmup_steps
         )
         self.world_size = world_size

@@ -35,15 +35,24 @@ from jel.tasks.pretrain import (
     PretrainTask,
     episode_bytes,
     episode_flops,
-    free_bytes,
     group_names,
     tuned_base,
     uniform_base,
 )
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
-from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
+from nanochat.common import (
+    Compute,
+    UserError,
+    derive_seed,
+    init_compute,
+    least_over_ranks,
+    print0,
+    run_main,
+    seed_everything,
+)
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
+from nanochat.hardware import free_bytes
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
 from nanochat.token_cache import TokenCache
@@ -421,13 +430,6 @@ def same_length(num_steps: int, group: int) -> int:
 def cores(workers: int, compute: Compute) -> int:
     """The cores that a rank's episodes keep busy, or its one GPU."""
     return 1 if compute.is_cuda else workers if workers > 1 else torch.get_num_threads()
-
-
-def least_over_ranks(value: int, compute: Compute) -> int:
-    least = torch.tensor(value, device=compute.device)
-    if compute.world_size > 1:
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-    return int(least)
 
 
 if __name__ == "__main__":

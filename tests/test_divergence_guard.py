@@ -15,6 +15,7 @@ from jel.controller import Controller, Decision
 from nanochat.common import UserError
 from nanochat.dataloader import DataLoader
 from nanochat.gpt import GPT
+from nanochat.run_log import MEASURED
 from scripts import base_train
 from scripts.training_log import TrainingLog
 
@@ -189,7 +190,7 @@ def assert_same_weights(base, a, b):
 def timeless(base, tag):
     """The run's log without times, as text (NaN is not equal to NaN)."""
     lines = (base / "runs" / "recovery" / tag / "log.jsonl").read_text().splitlines()
-    return [repr({k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")}) for line in lines]
+    return [repr({k: v for k, v in json.loads(line).items() if k not in MEASURED}) for line in lines]
 
 
 def break_weights(model, loss):

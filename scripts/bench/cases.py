@@ -7,15 +7,12 @@ R runs, B rows of a batch, T time.
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import rustbpe
 import torch
 
 from jel import IDENTITY, Controller, PolicyController, apply_multipliers, as_decision
@@ -26,6 +23,7 @@ from nanochat.dataloader import DataLoader
 from nanochat.dataset import library_texts, write_shards
 from nanochat.divergence_guard import DivergenceGuard
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import peak_memory_bytes
 from nanochat.lr_schedule import base_hparams
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, tokenizer_folder
@@ -112,21 +110,15 @@ def case_controller(spec: dict, compute: Compute) -> Callable[[], dict]:
 def case_memory(spec: dict, compute: Compute) -> Callable[[], dict]:
     """The most memory (bytes) that 3 steps of the spec take beyond what the process held before: `{"bytes"}`."""
 
-    def peak() -> int:
-        if compute.is_cuda:
-            return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else kilobytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
     def turn() -> dict:
         small = {"runs": 1, "rows": 1, "model": {**spec["model"], "sequence_len": 8, "n_layer": 1}}
         case_step({**spec, **small}, compute)()  # PyTorch loads its libraries on first use: before the measurement
         if compute.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        before, step = peak(), case_step(spec, compute)
+        before, step = peak_memory_bytes(compute.device), case_step(spec, compute)
         for _ in range(3):
             step()
-        return {"bytes": peak() - before}
+        return {"bytes": peak_memory_bytes(compute.device) - before}
 
     return turn
 

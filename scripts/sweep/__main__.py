@@ -234,7 +234,7 @@ def find_devices(args: argparse.Namespace, every_run: argparse.Namespace, most: 
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1, or -1 to choose it here")
     if gpus and args.nproc > len(gpus):
         raise UserError(f"--nproc {args.nproc}, but there are {len(gpus)} GPUs; give at most that many")
-    micro_batch = every_run.device_batch_size * every_run.max_seq_len
+    micro_batch = max(1, every_run.device_batch_size) * every_run.max_seq_len  # -1: any number of rows divides
     fitting = [n for n in range(1, len(gpus) + 1) if every_run.total_batch_size % (micro_batch * n) == 0]
     nproc = args.nproc if args.nproc > 0 else max(fitting, default=1)
     room = max(1, (len(gpus) or os.cpu_count()) // nproc)
