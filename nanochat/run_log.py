@@ -141,6 +141,17 @@ class Stopwatch:
         return (time.perf_counter() - self.t0) / (done - self.start) * (self.total - done)
 
 
+def without_compilation(seconds: list[float], compiles: bool) -> float:
+    """The updates' seconds in total, the first charged at the mean of the others where it `compiles`, if there are any.
+
+    >>> without_compilation([60.0, 2.0, 4.0], compiles=True), without_compilation([60.0, 2.0, 4.0], compiles=False)
+    (9.0, 66.0)
+    """
+    if not compiles or len(seconds) < 2:
+        return sum(seconds)
+    return sum(seconds[1:]) * len(seconds) / (len(seconds) - 1)
+
+
 def format_seconds(seconds: float | None) -> str:
     """`75 -> '1m15s'`, None -> '?'."""
     if seconds is None:

@@ -68,12 +68,17 @@ class ScheduleFreeMuon:
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers; collective on several ranks. Taken in train mode, it resumes exactly."""
-        tensors = {f"{i}.{key}": t.clone() for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}
+        tensors, counters = self.free_state()
         return {
             "muon": self.muon.state_dict(),
-            "free": tensors,
-            "counters": {k: self.free.param_groups[0][k] for k in _COUNTERS},
+            "free": {name: t.clone() for name, t in tensors.items()},
+            "counters": counters,
         }
+
+    def free_state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """(tensors, numbers) of the schedule-free part, not copied."""
+        tensors = {f"{i}.{key}": t for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}
+        return tensors, {k: self.free.param_groups[0][k] for k in _COUNTERS}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a `state_dict()`. Raises ValueError when names or shapes differ."""

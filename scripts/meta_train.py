@@ -54,7 +54,7 @@ from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
 from nanochat.hardware import free_bytes
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
-from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
+from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds, without_compilation
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
@@ -244,14 +244,15 @@ def main() -> int:
     # -------------------------------------------------------------------------
     # loop
 
-    watch = Stopwatch(args.updates, done=trainer.updates)
+    watch, before, taken = Stopwatch(args.updates, done=trainer.updates), seconds, []
     while trainer.updates < args.updates:
         t0 = time.perf_counter()
         try:
             record = trainer.update()
         except Interrupted:
             break
-        seconds += time.perf_counter() - t0
+        taken.append(time.perf_counter() - t0)
+        seconds = before + without_compilation(taken, compiles=compute.is_cuda)
         records.append({key: math.nan if record[key] is None else record[key] for key in ("entropy", "return_mean")})
         log.log(**record)
         print_update(record, trainer.updates, args, watch.tick(trainer.updates))

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
+from nanochat.optim_state import state_to_write
 from nanochat.preemption import StopRequest
 from nanochat.schedule_free import ScheduleFreeMuon
 from tests.conftest import ROOT
@@ -83,6 +84,8 @@ def check_training(rank: int, kind: str, n_layer: int) -> None:
         for m, o in (alone, paired)
     ]
     assert_equal(*states)
+    written = state_to_write(paired[1], keep=rank == 0)  # rank 1 keeps nothing of what it helps to gather
+    assert_equal(written, states[1]["optimizer"] if rank == 0 else {})
 
     from_pair, from_alone = make(kind, n_layer, 0, 1), make(kind, n_layer, rank, 2)
     for (model, optimizer), state in zip((from_alone, from_pair), states):
