@@ -214,7 +214,9 @@ def main() -> int:
     args = parse_with_preset(parser, "plan")
     if not 0 < args.minutes < math.inf:
         raise UserError(f"--minutes is {args.minutes}; give a positive number")
-    seeds = args.seeds or parse_with_preset(sweep.flags(), "sweep", ["--preset", args.preset, "--what", "methods"]).seeds
+    seeds = (
+        args.seeds or parse_with_preset(sweep.flags(), "sweep", ["--preset", args.preset, "--what", "methods"]).seeds
+    )
     path = base_dir() / "runs" / args.preset / "plan.json"
     if path.exists():
         try:
@@ -236,7 +238,9 @@ def main() -> int:
             )
         seeds, said = seeds[: plan.seeds], describe(plan, wish, costs, seconds)
         shorter = plan.steps < wish.steps
-        write_json(path, {"plan": asdict(plan), "seeds": seeds, "said": said, "costs": asdict(costs)} | {"cut": shorter})
+        write_json(
+            path, {"plan": asdict(plan), "seeds": seeds, "said": said, "costs": asdict(costs)} | {"cut": shorter}
+        )
         saved = read_json(path, "plan")
         print(*said, sep="\n", file=sys.stderr)
     steps = plan.steps if saved.get("cut") else -1
