@@ -28,7 +28,6 @@ PACKAGES = {
     "tiktoken": "no text can be tokenized: carry tokens (scripts.tok_train --carry)",
     "rustbpe": "no tokenizer can be trained: carry one, with tokens or alone",
     "requests": "nothing can be downloaded",
-    "schedulefree": "no schedule-free run",
     "tqdm": "no download, no tokenizing",
     "matplotlib": "a report without figures",
     "cmaes": "no CMA-ES row in scripts.ablate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import MEMORY_SHARE, fitting_rows, free_bytes, peak_flops, peak_memory_bytes, step_bytes
 from nanochat.run_log import without_compilation
 from nanochat.schedule_free import ScheduleFreeMuon
@@ -68,9 +68,6 @@ def test_validation_is_a_small_part_of_a_run_at_paper_size():
 
 @pytest.mark.parametrize("free", [False, True])
 def test_embedding_tables_are_fp32_under_bf16_for_every_method(free):
-    pytest.importorskip("schedulefree")
-    from nanochat.gpt import GPT
-
     model = GPT(GPTConfig(sequence_len=8, vocab_size=70, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
     model.init_weights(torch.Generator().manual_seed(0))
     optimizer = model.setup_optimizer()
