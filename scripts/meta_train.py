@@ -55,7 +55,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.hardware import free_bytes
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds, without_compilation
-from nanochat.token_cache import TokenCache
+from nanochat.token_cache import TokenCache, epochs_line
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
 from scripts.presets import RECIPES, add_preset_flag, parse_with_preset
@@ -192,6 +192,9 @@ def main() -> int:
         window_pattern=args.window_pattern,
     )
     task, chunk, workers = make_episodes(args, config, cache, compute)
+    tokens_of_all = args.updates * args.num_iterations * args.episode_batch_size * args.episode_seq_len  # if shared
+    if line := epochs_line(cache, tokens_of_all):
+        print0(line)
 
     # -------------------------------------------------------------------------
     # the policy and how it is found
