@@ -400,10 +400,3 @@ def test_a_broken_gradient_seen_late_has_done_no_harm(base, train, undisturbed, 
     result, events, _ = left(base, "gradient-late")
     assert len(events) == result["recoveries"] == 1 and events[0].startswith("step 23: loss nan is a spike")
     assert result["val_bpb"] < undisturbed + 0.15
-
-
-def test_a_thousandfold_rate_seen_late(base, train, undisturbed, late):
-    late()
-    assert train("leap-late", "--controller", "tests.test_divergence_guard:Leap") == 0
-    result, events, _ = left(base, "leap-late")
-    assert 1 <= len(events) <= 3 and result["val_bpb"] < undisturbed + 0.3
