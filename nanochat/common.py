@@ -178,8 +178,9 @@ def grow_segments() -> None:
     """
     if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}.isdisjoint(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = settings = "expandable_segments:True"
-        # the environment was read when torch was imported; a torch without this function serves the children alone
-        getattr(torch._C, "_accelerator_setAllocatorSettings", lambda _: None)(settings)
+        # this process may have read the environment already; a torch without the function serves the children alone
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch._C._accelerator_setAllocatorSettings(settings)
 
 
 def print0(*args, **kwargs) -> None:

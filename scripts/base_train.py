@@ -147,10 +147,10 @@ def main() -> int:
 
     model = build_model(args, tokenizer.vocab_size, compute)
     config = model.config
-    forward = model.prepare()  # the model as it is called: compiled on CUDA
-    print0(model.kernels)
     if args.device_batch_size == -1:
         args.device_batch_size = rows_that_fit(args, config, compute)
+    forward = model.prepare()  # the model as it is called: compiled on CUDA
+    print0(model.kernels)
     num_iterations, accumulation = derive_length(args, model.num_params(), compute.world_size)
     optimizer, schedule = build_optimizer(args, model, compute)
     groups = optimizer.param_groups

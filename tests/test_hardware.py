@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from nanochat import preemption
+from nanochat.common import Compute, grow_segments
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import MEMORY_SHARE, fitting_rows, free_bytes, peak_flops, peak_memory_bytes, step_bytes
 from nanochat.run_log import without_compilation
@@ -81,3 +85,30 @@ def test_embedding_tables_are_fp32_under_bf16_for_every_method(free):
     tables = [model.transformer.wte.weight, *(e.weight for e in model.value_embeds.values())]
     assert looked_up.dtype == torch.bfloat16 and all(t.dtype == t.grad.dtype == torch.float32 for t in tables)
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_set_unless_the_user_has_set_it(monkeypatch, own):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:512")
+    grow_segments()
+    grow_segments()  # twice is once
+    found = {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name}
+    assert found == ({own: "max_split_size_mb:512"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_gpus_exchange_the_wish_to_stop_seldom(monkeypatch):
+    """No exchange, which would wait for the device, but at every tenth step; a rank alone needs none."""
+    asked = []
+    monkeypatch.setattr(preemption.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(preemption.dist, "all_reduce", lambda flag, op: asked.append(flag.item()))
+    monkeypatch.setattr(preemption.torch, "tensor", lambda value, device: torch.as_tensor(value))
+    stop = preemption.StopRequest(Compute(0, 2, torch.device("cuda")))
+    stop.signal_number = 15
+    assert [step for step in range(1, 31) if stop.requested(step)] == [10, 20, 30] and asked == [1.0] * 3
+    alone = preemption.StopRequest(Compute(0, 1, torch.device("cuda")))
+    alone.signal_number = 15
+    assert alone.requested(7) and len(asked) == 3
