@@ -105,8 +105,10 @@ class UpdateJudge:
             torch.distributed.all_reduce(loss)
             loss = loss / self.compute.world_size
         bad = ~(loss.isfinite() & (loss <= self.guard.spike_limit()))
-        for p in self.model.parameters():
-            p.grad.masked_fill_(bad, 0.0)  # not a product: NaN x 0 is NaN
+        # an optimizer that sends gradients during the backward pass holds what has come back by now
+        sent = getattr(self.evaluator.optimizer, "sent_gradients", list)()
+        for gradient in [*(p.grad for p in self.model.parameters()), *sent]:
+            gradient.masked_fill_(bad, 0.0)  # not a product: NaN x 0 is NaN
         seen = torch.stack([loss, norm.to(loss.dtype)])
         if seen.is_cuda:
             made.host = torch.empty_like(seen, device="cpu", pin_memory=True)

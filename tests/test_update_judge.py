@@ -22,7 +22,7 @@ T, V = 8, 70
 class Second:
     """Stands for the evaluator and the loader: the loss of a good batch, under weights that may be broken."""
 
-    compute, micro_steps = CPU, 1
+    compute, micro_steps, optimizer = CPU, 1, None
 
     def __init__(self, model):
         self.model = model
