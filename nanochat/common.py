@@ -10,6 +10,7 @@ import ctypes
 import datetime
 import errno
 import hashlib
+import importlib
 import os
 import random
 import sys
@@ -51,6 +52,17 @@ def run_main(main, *also: type[Exception]) -> None:
         if dist.is_initialized() and (ended or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
     sys.exit(code)
+
+
+def need(module: str, what_for: str):
+    """Import a package that only some work needs, at the moment of that work. Raises `UserError` if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{what_for} needs the package {package}, which is not installed: pip install {package}"
+        ) from None
 
 
 # -----------------------------------------------------------------------------
@@ -115,6 +127,7 @@ def init_compute(device_type: str = "") -> Compute:
                 f"there are more processes than GPUs on this machine; give torchrun --nproc_per_node {gpus}, "
                 "or --device-type cpu"
             )
+        grow_segments()
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         # one program a matrix shape, and sweeps train models of several shapes in one process
@@ -131,10 +144,17 @@ def init_compute(device_type: str = "") -> Compute:
         store, _, _ = next(dist.rendezvous("env://"))
         # torchrun keeps one store over its restarts: without a prefix a job would find the addresses of the dead one
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(
-            "nccl" if device_type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size
-        )
+        where = {"backend": "nccl", "device_id": device} if device_type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**where, store=store, rank=rank, world_size=world_size)
     return Compute(rank, world_size, device)
+
+
+def least_over_ranks(value: int, compute: Compute) -> int:
+    """The least of the ranks' values; collective."""
+    least = torch.tensor(value, device=compute.device)
+    if compute.world_size > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def keep_freed_memory() -> None:
@@ -149,6 +169,18 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes)
         mallopt(parameter, value)
+
+
+def grow_segments() -> None:
+    """Have CUDA's allocator grow its blocks in place, so that tensors of changing sizes leave fewer gaps.
+
+    Settings of the user's own (PYTORCH_ALLOC_CONF, or its older name) stay as they are; child processes inherit it.
+    """
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}.isdisjoint(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = settings = "expandable_segments:True"
+        # this process may have read the environment already; a torch without the function serves the children alone
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch._C._accelerator_setAllocatorSettings(settings)
 
 
 def print0(*args, **kwargs) -> None:

@@ -22,13 +22,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nanochat.common import UserError, base_dir, derive_seed, print0, run_main
+from nanochat.common import UserError, base_dir, derive_seed, need, print0, run_main
 from nanochat.files import read_json, write_json
 
 SHARD_NAME = "shard_{:05d}.parquet"
+CACHE_CARD = "cache.json"  # marks a folder of tokens made elsewhere (nanochat/token_cache.py)
 FINEWEB_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
 FINEWEB_LAST = 1822  # shards 0 to 1822, about 100 MB each
 HELD_OUT = 8  # of a corpus made here, 1/8 is held out: half for validation, half for test
@@ -45,7 +43,8 @@ def resolve_data(data: str | None = None) -> Path:
 
     None or `"embedded"`: the embedded corpus, built on first use and kept, so that a new Python does not change it.
     `"fineweb-edu"`: what `-n` downloaded. A folder with `*.parquet`: used in place. A folder with `*.jsonl` or `*.txt`
-    at any depth: made into shards once, and again when one of its files changes. Prints one line about the corpus.
+    at any depth: made into shards once, and again when one of its files changes. A token cache made elsewhere: used in
+    place. Prints one line about the corpus.
     Raises `UserError` for anything else, and for shards that cannot be used (see `split_shards`).
     """
     root = base_dir() / "data"
@@ -61,6 +60,9 @@ def resolve_data(data: str | None = None) -> Path:
         folder = Path(data).expanduser().resolve()
         if not folder.is_dir():
             raise UserError(f"data {data!r} is neither 'embedded' nor 'fineweb-edu' nor a folder that exists")
+        if is_token_cache(folder):
+            print0(f"data: {folder}: tokens of {corpus_record(folder).get('shards')} shards, made elsewhere")
+            return folder
         if not list_shards(folder):
             folder = convert_texts(folder, root)
     split_shards(folder)
@@ -68,6 +70,11 @@ def resolve_data(data: str | None = None) -> Path:
     texts = "{files} files, {documents} documents, {bytes:,} bytes, ".format(**record) if "files" in record else ""
     print0(f"data: {folder}: {record['shards']} shards, {texts}sha256 {record['sha256'][:12]}")
     return folder
+
+
+def is_token_cache(folder: Path) -> bool:
+    """Whether the folder holds tokens (of `scripts.tok_train --carry`) instead of text."""
+    return (Path(folder) / CACHE_CARD).exists()
 
 
 def list_shards(folder: Path) -> list[Path]:
@@ -102,7 +109,7 @@ def iter_texts(path: Path, row_groups: range | None = None) -> Iterator[list[str
 
     Raises `UserError` naming the file if it is corrupt or has no string column `text`.
     """
-    file = open_shard(path)
+    file, pa = open_shard(path), parquet()[0]
     groups = list(range(file.num_row_groups) if row_groups is None else row_groups)
     try:
         for batch in file.iter_batches(1024, row_groups=groups, columns=["text"]):
@@ -111,8 +118,14 @@ def iter_texts(path: Path, row_groups: range | None = None) -> Iterator[list[str
         raise UserError(corrupt(path, e)) from None
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
+def parquet():
+    """(pyarrow, pyarrow.parquet), imported when text is read or written. Raises `UserError` if they are missing."""
+    return tuple(need(name, "reading or writing .parquet shards") for name in ("pyarrow", "pyarrow.parquet"))
+
+
+def open_shard(path: Path):
     """Read a shard's footer; raises `UserError` unless it is a parquet file with a string column `text`."""
+    pa, pq = parquet()
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         columns = {field.name: field.type for field in file.schema_arrow}
@@ -136,6 +149,9 @@ def corpus_record(folder: Path) -> dict:
     For shards made by this module, `manifest.json` holds a hash of the documents, their number, the number of source
     files and their origin. For other shards the hash is of their names and sizes.
     """
+    if is_token_cache(folder):
+        card = read_json(Path(folder) / CACHE_CARD, "card of the token cache")
+        return card["corpus"] if isinstance(card, dict) and isinstance(card.get("corpus"), dict) else {}
     sizes = [(path.name, path.stat().st_size) for path in list_shards(folder)]
     record = {"shards": len(sizes), "shard_bytes": sum(size for _, size in sizes)}
     manifest = Path(folder) / "manifest.json"
@@ -155,6 +171,7 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, bool]], shard_char
     Raises `UserError` unless there is a document to train on and there are 2 that are held out.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    pa, pq = parquet()
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()

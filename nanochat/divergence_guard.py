@@ -48,16 +48,18 @@ class DivergenceGuard:
 
     def is_spike(self, loss: float) -> bool:
         """Whether this loss means trouble, by the losses accepted so far."""
-        if not math.isfinite(loss):
-            return True
+        return not math.isfinite(loss) or loss > self.spike_limit()
+
+    def spike_limit(self) -> float:
+        """A finite loss above this is a spike."""
         if self.max_tries == 0 or len(self.recent) < 3:
-            return False
+            return math.inf
         highest = max(self.recent)
         if len(self.recent) < WARMUP:
-            return loss > SURGE * highest
+            return SURGE * highest
         middle = median(self.recent)
         spread = 1.4826 * median(abs(x - middle) for x in self.recent)  # the standard deviation, were they Gaussian
-        return loss > highest and loss - middle > max(THRESHOLD * spread, FLOOR * middle)
+        return max(highest, middle + max(THRESHOLD * spread, FLOOR * middle))
 
     def accept(self, step: int, loss: float) -> None:
         """Take the loss of `step` into the history."""

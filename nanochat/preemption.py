@@ -13,6 +13,7 @@ from nanochat.common import Compute
 
 REQUEUE_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: saved and resumable, run the same command again
 ECHO = 5.0  # seconds
+EXCHANGE = 10  # steps between two exchanges of the request among GPUs: each one waits for the device
 
 
 class StopRequest:
@@ -38,9 +39,12 @@ class StopRequest:
         elif now >= self._insist_from:
             os._exit(128 + number)
 
-    def requested(self) -> bool:
+    def requested(self, step: int = 0) -> bool:
+        """Whether to stop after this step. Ranks on GPUs agree on it at every `EXCHANGE`th step only."""
         if self.compute.world_size == 1:
             return self.signal_number != 0
+        if self.compute.is_cuda and step % EXCHANGE:
+            return False
         flag = torch.tensor(float(self.signal_number != 0), device=self.compute.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag.item() > 0

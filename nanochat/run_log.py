@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import Compute, UserError
+from nanochat.common import Compute, need
 from nanochat.files import atomic_file, write_json
 
 
@@ -39,6 +39,9 @@ def environment_record(compute: Compute) -> dict:
     }
 
 
+MEASURED = {"dt", "tokens_per_second", "mfu", "peak_memory_mb"}  # of a step's record: these differ from run to run
+
+
 class NullLogger:
     """Stands in for a wandb run: the same two methods, doing nothing."""
 
@@ -51,13 +54,7 @@ def wandb_logger(name: str, config: dict, project: str = "nanochat"):
     """A wandb run called `name`, or a `NullLogger` for `""` and `"dummy"` (off). Raises `UserError` without wandb."""
     if name in ("", "dummy"):
         return NullLogger()
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            f"--run {name} needs wandb, which is not installed: pip install wandb, or --run dummy"
-        ) from None
-    return wandb.init(project=project, name=name, config=config)
+    return need("wandb", f"--run {name}").init(project=project, name=name, config=config)
 
 
 class RunLog:
@@ -142,6 +139,17 @@ class Stopwatch:
                 self.t0, self.start = time.perf_counter(), done
             return None
         return (time.perf_counter() - self.t0) / (done - self.start) * (self.total - done)
+
+
+def without_compilation(seconds: list[float], compiles: bool) -> float:
+    """The updates' seconds in total, the first charged at the mean of the others where it `compiles`, if there are any.
+
+    >>> without_compilation([60.0, 2.0, 4.0], compiles=True), without_compilation([60.0, 2.0, 4.0], compiles=False)
+    (9.0, 66.0)
+    """
+    if not compiles or len(seconds) < 2:
+        return sum(seconds)
+    return sum(seconds[1:]) * len(seconds) / (len(seconds) - 1)
 
 
 def format_seconds(seconds: float | None) -> str:

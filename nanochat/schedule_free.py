@@ -6,7 +6,6 @@ evaluating or saving a model.
 
 from __future__ import annotations
 
-import schedulefree
 import torch
 import torch.distributed as dist
 
@@ -40,6 +39,8 @@ class ScheduleFreeMuon:
         self.params = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
         for p in self.params:  # the weights hold an average over steps, to which late steps add too little for bf16
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+        import schedulefree  # here, because only a schedule-free run needs it
+
         self.free = schedulefree.AdamWScheduleFree(
             self.params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, warmup_steps=warmup_steps
         )

@@ -1,4 +1,5 @@
-"""Byte-level BPE: trained with `rustbpe`, applied with `tiktoken`, stored as one JSON file.
+"""Byte-level BPE: trained with `rustbpe`, applied with `tiktoken`, stored as one JSON file. Either package is imported
+when it is first needed: a machine with a token cache and this file needs neither.
 
 Ids: the 256 single bytes, the merges in the order they were learned, then the special tokens, `<|bos|>` first.
 """
@@ -14,10 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import rustbpe
-import tiktoken
 
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, base_dir, need
 from nanochat.files import read_json, write_json
 
 FORMAT = 1
@@ -60,8 +59,7 @@ def tokenizer_folder(name: str = "default") -> Path:
 class Tokenizer:
     """A fixed vocabulary. The name of a special token in a text is encoded as ordinary characters.
 
-    `ranks`: the bytes of every ordinary token, by id. Raises `ValueError` if they lack a byte or repeat a token, or if
-    the pattern is not a regular expression.
+    `ranks`: the bytes of every ordinary token, by id. Raises `ValueError` if they lack a byte or repeat a token.
     """
 
     def __init__(self, pattern: str, ranks: list[bytes]):
@@ -71,12 +69,6 @@ class Tokenizer:
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.bos = self.specials["<|bos|>"]
-        self._encoding = tiktoken.Encoding(
-            "nanochat",
-            pat_str=pattern,
-            special_tokens=self.specials,
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -89,7 +81,7 @@ class Tokenizer:
             raise UserError(
                 f"--vocab-size {vocab_size} is too small; the 256 bytes and the special tokens need {smallest}"
             )
-        trainer = rustbpe.Tokenizer()
+        trainer = need("rustbpe", "training a tokenizer").Tokenizer()
         trainer.train_from_iterator(map(well_formed, texts), n_ranks, pattern=SPLIT_PATTERN)
         ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
         if len(ranks) < n_ranks:
@@ -153,12 +145,25 @@ class Tokenizer:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self._encode_array, texts))
 
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        return [*self.ranks, *map(str.encode, self.specials)]
+
+    @functools.cached_property
+    def _encoding(self):
+        return need("tiktoken", "tokenizing text").Encoding(
+            "nanochat",
+            pat_str=self.pattern,
+            special_tokens=self.specials,
+            mergeable_ranks={token: rank for rank, token in enumerate(self.ranks)},
+        )
+
     def _encode_array(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens by name. Bytes that are not UTF-8 become U+FFFD."""
-        return self._encoding.decode(list(ids))
+        return b"".join(self._bytes[i] for i in ids).decode("utf-8", "replace")
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int32: the number of bytes of each token, 0 for special tokens; used for bits per byte."""

@@ -19,26 +19,37 @@ from jel import Controller, Decision, JelError, apply_multipliers, as_decision, 
 from jel.knobs import LARGEST
 from nanochat.attention import ATTENTIONS
 from nanochat.checkpoint import save_weights
-from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
+from nanochat.common import (
+    Compute,
+    UserError,
+    derive_seed,
+    init_compute,
+    least_over_ranks,
+    print0,
+    run_main,
+    seed_everything,
+)
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.divergence_guard import DivergenceGuard, Verdict
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import fitting_rows, free_bytes
 from nanochat.loss_head import LOSSES
 from nanochat.lr_schedule import base_hparams
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import Stopwatch, format_seconds
 from nanochat.schedule_free import ScheduleFreeMuon
-from nanochat.token_cache import TokenCache
+from nanochat.token_cache import TokenCache, epochs_line
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.train_step import train_step
-from scripts.evaluation import Evaluator, UpdateJudge
+from scripts.evaluation import Evaluator
 from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.run_state import Cost, Progress, RunState, checkpoints_to_keep
 from scripts.runs import check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
 from scripts.training_log import TrainingLog
+from scripts.update_judge import UpdateJudge
 
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
@@ -53,7 +64,7 @@ def flags() -> argparse.ArgumentParser:
     # length and batch
     flag("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-param-data-ratio")
     flag("--target-param-data-ratio", type=float, default=4.0, help="training tokens per parameter")
-    flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank")
+    flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank; -1 = what the memory holds")
     # hyperparameters
     add_hparam_flags(parser, "hand-tuned")
     # method
@@ -73,7 +84,12 @@ def flags() -> argparse.ArgumentParser:
     flag("--policy", help="the controller's policy (or schedule) file; default: the policy shipped with the package")
     flag("--decision-interval", type=int, default=50, help="steps between the controller's decisions")
     # evaluation, saving, logging
-    flag("--eval-every", type=int, default=50, help="steps between validations; 0 or -1 = only at the end")
+    flag(
+        "--eval-every",
+        type=int,
+        default=141,  # a quarter of the paper's run: with 10M tokens each time, every 50 steps cost 15% of training
+        help="steps between validations; 0 or -1 = only at the end",
+    )
     flag("--eval-tokens", type=int, default=20 * 524288, help="read at each validation")
     flag("--test-tokens", type=int, default=20 * 524288, help="read once, at the end; 0 = the test split is not read")
     flag("--sample-tokens", type=int, default=64, help="tokens of sample text at the end; 0 = none")
@@ -136,9 +152,9 @@ def main() -> int:
 
     model = build_model(args, tokenizer.vocab_size, compute)
     config = model.config
-    forward = model.prepare(
-        attention=args.attention, loss=args.loss_kernel
-    )  # the model as it is called: compiled on CUDA
+    if args.device_batch_size == -1:
+        args.device_batch_size = rows_that_fit(args, config, compute)
+    forward = model.prepare(attention=args.attention, loss=args.loss_kernel)  # as it is called: compiled on CUDA
     print0(model.kernels)
     num_iterations, accumulation = derive_length(args, model.num_params(), compute.world_size)
     optimizer, schedule = build_optimizer(args, model, compute)
@@ -150,6 +166,8 @@ def main() -> int:
     order = {"rows_per_step": args.total_batch_size // args.max_seq_len, "seed": derive_seed(args.seed, "data")}
     where = compute.device, compute.rank, compute.world_size
     loader = DataLoader(cache, "train", args.device_batch_size, args.max_seq_len, *where, **order)
+    if line := epochs_line(cache, num_iterations * args.total_batch_size):
+        print0(line)
     cost = Cost()
     evaluator = Evaluator(args, forward, optimizer, cache, tokenizer, compute, cost)
 
@@ -176,12 +194,12 @@ def main() -> int:
     step, spent = resumed or 0, cost.steps  # `spent` before this process
     watch = Stopwatch(num_iterations, done=step)
     observes_norm = controller is not None and "grad_norm" in controller.observes
-    judge = UpdateJudge(guard, model, evaluator, loader, progress, observes_norm)
+    judge = UpdateJudge(guard, model, evaluator, loader, progress, observes_norm, late=compute.is_cuda)
+    pauses = [args.eval_every, args.save_every, args.decision_interval if controller else 0]  # need all that was seen
     while step < num_iterations:
         if args.eval_every > 0 and step % args.eval_every == 0:
             log.evaluated(step, val_bpb=evaluator.bits_per_byte("val"))
-        compute.synchronize()
-        t0 = time.perf_counter()
+        judge.start_clock()
         go_back, held = None, guard.limit(progress.multipliers)  # `held` in the last step
 
         # ---- the hook: base schedule, controller, param groups ----
@@ -201,29 +219,32 @@ def main() -> int:
             step, watch = back, Stopwatch(num_iterations, done=back)
             continue
 
-        judge.step = step
+        judge.expect(step, multipliers, held)
         train_step(forward, optimizer, [loader.get(step, i) for i in range(accumulation)], compute, accept=judge)
-        compute.synchronize()
-        seconds = time.perf_counter() - t0
-        cost.add_step(seconds, warm_up=forward is not model and cost.steps - spent < 2)
-        if judge.verdict is Verdict.GO_BACK:
-            back, before = state.go_back(guard.reach(step), controller_too=True)
-            log.returned(step, back, guard.cut(step, judge.loss, held, before), guard.tries)
-            step, watch = back, Stopwatch(num_iterations, done=back)
-            continue
-        if judge.verdict is Verdict.SKIP_SPIKE:
-            log.event(step, guard.skip_line(step, judge.loss), guard.tries)
-        log.step(step, judge.loss, progress, multipliers, seconds, watch.tick(step + 1))
 
         step += 1
-        leaving = stop.requested() and step < num_iterations
-        if leaving or (args.save_every and step % args.save_every == 0 and step < num_iterations):
-            state.save(step)
-        if leaving:
-            state.close()
-            compute.barrier()  # when one rank leaves, torchrun ends the others
-            print0(f"stopped after {step} steps; run the same command with --resume auto to go on")
-            return REQUEUE_EXIT_CODE
+        leaving = stop.requested(step) and step < num_iterations
+        pause = leaving or step == num_iterations or any(n > 0 and step % n == 0 for n in pauses)
+        for made in judge.look(everything=pause):  # this step; on a GPU the one before it, unless there is a pause
+            warm_up = forward is not model and cost.steps - spent < 2
+            cost.add_step(made.seconds, warm_up)
+            if made.verdict is Verdict.GO_BACK:
+                back, before = state.go_back(guard.reach(made.step), controller_too=True)
+                log.returned(made.step, back, guard.cut(made.step, made.loss, made.held, before), guard.tries)
+                judge.forget()
+                step, watch = back, Stopwatch(num_iterations, done=back)
+                break
+            if made.verdict is Verdict.SKIP_SPIKE:
+                log.event(made.step, guard.skip_line(made.step, made.loss), guard.tries)
+            log.step(made, progress, warm_up, watch.tick(made.step + 1))
+        else:
+            if leaving or (args.save_every and step % args.save_every == 0 and step < num_iterations):
+                state.save(step)
+            if leaving:
+                state.close()
+                compute.barrier()  # when one rank leaves, torchrun ends the others
+                print0(f"stopped after {step} steps; run the same command with --resume auto to go on")
+                return REQUEUE_EXIT_CODE
 
     # -------------------------------------------------------------------------
     # done
@@ -272,6 +293,17 @@ def build_model(args: argparse.Namespace, vocab_size: int, compute: Compute) -> 
         f"vocabulary {config.vocab_size}, {model.num_params():,} parameters"
     )
     return model
+
+
+def rows_that_fit(args: argparse.Namespace, config: GPTConfig, compute: Compute) -> int:
+    """--device-batch-size -1: the most rows whose step fits the memory of every rank, by an estimate."""
+    free = least_over_ranks(free_bytes(compute.device), compute)
+    rows = args.total_batch_size // args.max_seq_len
+    fitting = fitting_rows(config, rows, compute.world_size, free, compute.is_cuda)
+    if fitting == 0:
+        raise UserError(f"{rows} rows a step do not divide by {compute.world_size} ranks; change --total-batch-size")
+    print0(f"rows per micro-batch and rank: {fitting} of {rows // compute.world_size}, {free / 1e9:.1f} GB are free")
+    return fitting
 
 
 def derive_length(args: argparse.Namespace, n_params: int, world_size: int) -> tuple[int, int]:
@@ -374,7 +406,7 @@ def check_flags(args: argparse.Namespace) -> None:
     check_numbers(
         args,
         {
-            (1, LARGEST): ["max_seq_len", "device_batch_size", "total_batch_size", "decision_interval"],
+            (1, LARGEST): ["max_seq_len", "total_batch_size", "decision_interval"],
             (0, LARGEST): NOT_NEGATIVE,
             (0, 1): ["warmup_ratio", "warmdown_ratio"],
             (0, 0.9999): ["adam_beta1", "adam_beta2", "sf_beta2"],
@@ -382,6 +414,8 @@ def check_flags(args: argparse.Namespace) -> None:
             (1e-6, LARGEST): ["target_param_data_ratio"],
         },
     )
+    if args.device_batch_size != -1:
+        check_numbers(args, {(1, LARGEST): ["device_batch_size"]})
     if args.eval_every < -1:
         raise UserError(f"--eval-every is {args.eval_every}; give a number of steps, or -1 for none")
     if args.num_iterations < 1 and args.num_iterations != -1:

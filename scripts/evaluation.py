@@ -1,23 +1,20 @@
-"""Losses that are not trained on: validation, test, probes, and the gradient's norm. All of it is collective."""
+"""Losses that are not trained on: validation, test, probes. All of it is collective."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 
 from nanochat.common import Compute
 from nanochat.dataloader import DataLoader, fixed_batches
-from nanochat.divergence_guard import DivergenceGuard, Verdict
-from nanochat.gpt import GPT
 from nanochat.loss_eval import bits_per_byte
 from nanochat.schedule_free import ScheduleFreeMuon
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer
-from scripts.run_state import Cost, Progress
+from scripts.run_state import Cost
 
 PROBE_BATCHES = 4  # fixed ones, whose mean loss a controller may observe
 
@@ -80,52 +77,6 @@ class Evaluator:
         with torch.no_grad(), self.compute.autocast():
             losses = [self.forward(x, y) for x, y in batches]
         return mean_over_ranks(sum(losses) / len(losses), self.compute)
-
-
-class UpdateJudge:
-    """Asks the guard, once the gradients of a step are in place, whether its update is taken.
-
-    Call it with the step's mean loss on this rank. It leaves the `loss` over all ranks and the guard's `verdict`, and
-    writes what was seen of an update that is taken into `progress`: the gradient's norm only for `observes_norm`.
-    """
-
-    def __init__(
-        self,
-        guard: DivergenceGuard,
-        model: GPT,
-        evaluator: Evaluator,
-        loader: DataLoader,
-        progress: Progress,
-        observes_norm: bool,
-    ):
-        self.guard, self.model, self.evaluator, self.loader = guard, model, evaluator, loader
-        self.progress, self.observes_norm, self.compute = progress, observes_norm, evaluator.compute
-        self.step, self.loss, self.verdict = 0, math.nan, Verdict.TAKE
-
-    def __call__(self, loss: torch.Tensor) -> bool:
-        norm = gradient_norm(self.model, self.compute, over_ranks=self.observes_norm)
-        # NaN if a gradient is not finite, else 0: a broken gradient counts as a broken loss
-        self.loss = mean_over_ranks(loss + 0.0 * norm, self.compute)
-        self.verdict = self.guard.judge(self.step, self.loss, self._loss_of)
-        if self.verdict is not Verdict.TAKE:
-            return False
-        self.progress.took(self.loss)
-        if self.observes_norm:
-            self.progress.grad_norm = norm.item()
-        return True
-
-    def _loss_of(self, step: int) -> float:
-        return self.evaluator.training_loss([self.loader.get(step, i) for i in range(self.loader.micro_steps)])
-
-
-def gradient_norm(model: GPT, compute: Compute, over_ranks: bool) -> torch.Tensor:
-    """L2 norm (), fp32 or wider, of this rank's gradient, or of the average over ranks, which then stays in `.grad`."""
-    gradients = [p.grad for p in model.parameters()]
-    if over_ranks and compute.world_size > 1:
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-            gradient.div_(compute.world_size)
-    return torch.nn.utils.get_total_norm([g.float() if g.element_size() < 4 else g for g in gradients])
 
 
 def mean_over_ranks(loss: torch.Tensor, compute: Compute) -> float:

@@ -37,18 +37,27 @@ from jel.tasks.pretrain import (
     PretrainTask,
     episode_bytes,
     episode_flops,
-    free_bytes,
     group_names,
     tuned_base,
     uniform_base,
 )
 from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
-from nanochat.common import Compute, UserError, derive_seed, init_compute, print0, run_main, seed_everything
+from nanochat.common import (
+    Compute,
+    UserError,
+    derive_seed,
+    init_compute,
+    least_over_ranks,
+    print0,
+    run_main,
+    seed_everything,
+)
 from nanochat.dataset import corpus_record, resolve_data
 from nanochat.gpt import GPTConfig
+from nanochat.hardware import free_bytes
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
-from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
-from nanochat.token_cache import TokenCache
+from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds, without_compilation
+from nanochat.token_cache import TokenCache, epochs_line
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
 from scripts.presets import RECIPES, add_preset_flag, parse_with_preset
@@ -120,7 +129,9 @@ def flags() -> argparse.ArgumentParser:
         default=-1,
         help="processes that share them on a CPU, a thread each; 1 = this one, with all threads; -1 = one a core",
     )
-    what = "grpo: the paper's update; critic: a Gaussian process over all episodes so far, see jel/learn/actor_critic.py"
+    what = (
+        "grpo: the paper's update; critic: a Gaussian process over all episodes so far, see jel/learn/actor_critic.py"
+    )
     flag("--learner", choices=["grpo", "critic"], default="grpo", help=what)
     flag("--final-log-std", type=float, default=-1.4, help="critic: exploration narrows to this from --initial-log-std")
     flag("--policy-steps", type=int, default=60, help="critic: Adam's steps an update")
@@ -195,6 +206,9 @@ def main() -> int:
         window_pattern=args.window_pattern,
     )
     task, chunk, workers = make_episodes(args, config, cache, compute)
+    tokens_of_all = args.updates * args.num_iterations * args.episode_batch_size * args.episode_seq_len  # if shared
+    if line := epochs_line(cache, tokens_of_all):
+        print0(line)
 
     # -------------------------------------------------------------------------
     # the policy and how it is found
@@ -248,14 +262,15 @@ def main() -> int:
     # -------------------------------------------------------------------------
     # loop
 
-    watch = Stopwatch(args.updates, done=trainer.updates)
+    watch, before, taken = Stopwatch(args.updates, done=trainer.updates), seconds, []
     while trainer.updates < args.updates:
         t0 = time.perf_counter()
         try:
             record = trainer.update()
         except Interrupted:
             break
-        seconds += time.perf_counter() - t0
+        taken.append(time.perf_counter() - t0)
+        seconds = before + without_compilation(taken, compiles=compute.is_cuda)
         records.append({key: math.nan if record[key] is None else record[key] for key in ("entropy", "return_mean")})
         log.log(**record)
         print_update(record, trainer.updates, args, watch.tick(trainer.updates))
@@ -440,13 +455,6 @@ def same_length(num_steps: int, group: int) -> int:
 def cores(workers: int, compute: Compute) -> int:
     """The cores that a rank's episodes keep busy, or its one GPU."""
     return 1 if compute.is_cuda else workers if workers > 1 else torch.get_num_threads()
-
-
-def least_over_ranks(value: int, compute: Compute) -> int:
-    least = torch.tensor(value, device=compute.device)
-    if compute.world_size > 1:
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-    return int(least)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import Compute, UserError, print0
 from nanochat.divergence_guard import REACH
+from nanochat.optim_state import state_to_write
 from scripts.runs import check_same_flags, resumable_flags
 
 
@@ -104,17 +105,20 @@ class RunState:
 
     def save(self, step: int) -> None:
         """Save in the background, unless a weight is not finite: broken weights are no way back."""
+        optimizer = state_to_write(self.optimizer, keep=self.writer is not None)
+        if self.writer is None:
+            return
         state = {
             "flags": resumable_flags(self.args, self.may_change),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "controller": self.controller.state_dict() if self.controller else {},
             "progress": asdict(self.progress),
             "cost": asdict(self.cost),
             "guard": self.guard.state_dict(),
             "rng": rng_state(self.compute.device),
         }
-        if self.writer and all(t.isfinite().all() for t in state["model"].values()):
+        if all(t.isfinite().all() for t in state["model"].values()):
             self.writer.save(step, state)
 
     def resume(self) -> int | None:

@@ -2,6 +2,8 @@
 
 python -m scripts.tok_train                                  paper: FineWeb-Edu, 32,768; tiny: the embedded corpus, 512
 python -m scripts.tok_train --data my_texts --name my_texts  any folder of .parquet, .jsonl or .txt
+python -m scripts.tok_train --carry DIR                      also tokenize, and copy tokens and tokenizer into DIR:
+python -m scripts.tok_train --data DIR                       all that a machine without network or text needs
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanochat.common import UserError, print0, run_main
-from nanochat.dataset import iter_texts, resolve_data, split_shards
+from nanochat.dataset import is_token_cache, iter_texts, resolve_data, split_shards
 from nanochat.files import read_json, write_json
-from nanochat.token_cache import in_split, shard_records
+from nanochat.token_cache import TokenCache, in_split, shard_records
 from nanochat.tokenizer import FILE_NAME, SPLIT_PATTERN, Tokenizer, tokenizer_folder
 from scripts.presets import add_preset_flag, parse_with_preset
 
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--name", default="default", help="saved in <base>/tokenizer/NAME")
     parser.add_argument("--output", type=Path, help="the folder to save in, instead of --name")
     parser.add_argument("--force", action="store_true", help="replace the tokenizer that is there")
+    parser.add_argument("--carry", type=Path, metavar="DIR", help="a folder to fill for another machine's --data DIR")
     args = parse_with_preset(parser, "tok_train")
     for flag, value in {"--max-chars": args.max_chars, "--doc-cap": args.doc_cap}.items():
         if value < 1:
@@ -63,8 +66,10 @@ def main() -> None:
     # -----------------------------------------------------------------------------
     # a tokenizer that exists already
 
-    output = args.output or tokenizer_folder(args.name)
-    train, held_out = split_shards(resolve_data(args.data))
+    output, data = args.output or tokenizer_folder(args.name), resolve_data(args.data)
+    if is_token_cache(data):
+        return take_carried(data, output, args.force)
+    train, held_out = split_shards(data)
     settings = {
         "vocab_size": args.vocab_size,
         "max_chars": args.max_chars,
@@ -78,7 +83,7 @@ def main() -> None:
         # The fingerprint shows whether both files are of one run: it may have been killed between the two.
         if saved == {**settings, "fingerprint": Tokenizer.load(output).fingerprint}:
             print0(f"{output} already holds the tokenizer of these settings; --force trains it again")
-            return
+            return carry(data, output, args.carry)
         raise UserError(  # models that were trained with it need it
             f"{output} holds a tokenizer of other settings; give another --name or --output, or --force to replace it"
         )
@@ -100,6 +105,26 @@ def main() -> None:
     n_bytes = sum(len(text.encode()) for text in texts)
     n_tokens = sum(map(len, tokenizer.encode_batch(texts, os.cpu_count())))
     print0(f"validation: {n_bytes} bytes, {n_tokens} tokens, {n_bytes / n_tokens:.3f} bytes per token")
+    carry(data, output, args.carry)
+
+
+def carry(data: Path, output: Path, target: Path | None) -> None:
+    """Tokenize the text and copy tokens and tokenizer to `target`, if one is given."""
+    if target:
+        tokenizer = Tokenizer.load(output)
+        TokenCache.build(data, tokenizer).carry(tokenizer, target.expanduser())
+        print0(f"carry {target} to the other machine, and give it there: bash speedrun.sh --data DIR")
+
+
+def take_carried(data: Path, output: Path, force: bool) -> None:
+    """The tokenizer that was carried with the tokens in `data`, saved in `output`; nothing is trained."""
+    tokenizer = Tokenizer.load(data)
+    if (output / FILE_NAME).exists() and not force:
+        if Tokenizer.load(output).fingerprint == tokenizer.fingerprint:
+            return print0(f"{output} already holds the tokenizer that came with {data}")
+        raise UserError(f"{output} holds another tokenizer; give another --name or --output, or --force to replace it")
+    tokenizer.save(output)
+    print0(f"tokenizer of {tokenizer.vocab_size} tokens, made elsewhere with the tokens in {data} -> {output}")
 
 
 if __name__ == "__main__":

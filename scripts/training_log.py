@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from nanochat.common import print0
+from pathlib import Path
+
+import torch
+
+from nanochat.common import Compute, print0
+from nanochat.hardware import peak_flops, peak_memory_bytes
 from nanochat.run_log import RunLog, format_seconds
 from scripts.run_state import Progress
+from scripts.update_judge import Step
 
 
 class TrainingLog(RunLog):
     """A `RunLog` of a run of `num_iterations` steps of `batch_tokens` tokens, `flops_per_token` operations each."""
 
-    def __init__(self, num_iterations: int, batch_tokens: int, flops_per_token: float, *args, **options):
-        """`args` and `options` are those of `RunLog`."""
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        num_iterations: int,
+        batch_tokens: int,
+        flops_per_token: float,
+        folder: Path,
+        config: dict,
+        compute: Compute,
+        *args,
+        **options,
+    ):
+        """`folder` and what follows are those of `RunLog`."""
+        super().__init__(folder, config, compute, *args, **options)
         self.num_iterations, self.batch_tokens = num_iterations, batch_tokens
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.device = flops_per_token, compute.device
+        peak = peak_flops(torch.cuda.get_device_name(compute.device)) if compute.is_cuda else None
+        self.peak_flops = peak and peak * compute.world_size
 
     def evaluated(self, step: int, **bpb: float) -> None:
         """Bits per byte after `step` steps, by name: `val_bpb` or `test_bpb`."""
@@ -32,23 +50,27 @@ class TrainingLog(RunLog):
         self.rewind(back)
         self.event(back, f"{why}; back from step {step} to step {back}", recoveries)
 
-    def step(
-        self, step: int, loss: float, progress: Progress, multipliers: dict, seconds: float, left: float | None
-    ) -> None:
-        """A step was made in so many seconds; so many are `left`."""
-        tokens_per_second = self.batch_tokens / seconds
-        shown = multipliers.get("*", {})
+    def step(self, made: Step, progress: Progress, warm_up: bool, left: float | None) -> None:
+        """A step was made; so many seconds are `left`. What compiled (`warm_up`) is no measure of speed."""
+        rate = None if warm_up else self.batch_tokens / made.seconds  # tokens/s
+        mfu = self.flops_per_token * rate / self.peak_flops if rate and self.peak_flops else None
+        memory, shown = peak_memory_bytes(self.device) / 1e6, made.multipliers.get("*", {})
+        speed = "tok/s ? (compiling)"
+        if rate:
+            speed = f"tok/s {rate:,.0f} | tflops {self.flops_per_token * rate / 1e12:.3g}"
         print0(
-            f"step {step:05d}/{self.num_iterations:05d} | loss {progress.smooth_loss:.4f} | "
+            f"step {made.step:05d}/{self.num_iterations:05d} | loss {progress.smooth_loss:.4f} | "
             f"lr x{shown.get('lr', 1.0):.3g} wd x{shown.get('weight_decay', 1.0):.3g} | "
-            f"dt {seconds * 1e3:.1f}ms | tok/s {tokens_per_second:,.0f} | "
-            f"tflops {self.flops_per_token * tokens_per_second / 1e12:.3g} | left {format_seconds(left)}"
+            f"dt {made.seconds * 1e3:.1f}ms | {speed} | {'' if mfu is None else f'mfu {mfu:.1%} | '}"
+            f"mem {memory:,.0f}MB | left {format_seconds(left)}"
         )
         self.log(
-            step=step,
-            loss=loss,
+            step=made.step,
+            loss=made.loss,
             smooth_loss=progress.smooth_loss,
-            multipliers=multipliers,
-            dt=seconds,
-            tokens_per_second=tokens_per_second,
+            multipliers=made.multipliers,
+            dt=made.seconds,
+            tokens_per_second=rate,
+            mfu=mfu,
+            peak_memory_mb=memory,
         )

@@ -17,6 +17,7 @@ from jel.controller import Controller
 from nanochat.checkpoint import load_checkpoint
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.run_log import MEASURED
 from scripts.run_state import Cost
 from tests.conftest import run_script
 
@@ -165,10 +166,7 @@ def test_killed_and_resumed_is_undisturbed(base, train, method):
     assert_same(weights(base, "torn"), expected)
 
     def timeless(text):
-        return [
-            {k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")}
-            for line in text.splitlines()
-        ]
+        return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in text.splitlines()]
 
     assert timeless((folder / "log.jsonl").read_text()) == timeless(log)
     assert "already finished" in train("torn", *method, "--save-every", "5", "--resume", "auto").stdout

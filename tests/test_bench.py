@@ -14,6 +14,7 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from scripts.bench import __main__ as bench
 from scripts.bench import growth
+from scripts.bench.first_look import episodes_row, looks, step_row
 from scripts.bench.rows import compiled_straight_rows, controller_rows, data_rows, mfu_note
 from scripts.bench.shapes import preset_shapes
 from scripts.bench.table import compared
@@ -213,6 +214,42 @@ def test_a_vocabulary_larger_than_the_text_allows_is_cut_to_what_it_allows(worke
     found = result_of(worker, {"case": "data", "files": 20, "vocab_size": 32768, "seconds": 0.05})
     assert 300 < found["vocab_size"] < 32768 and found["cache_mb_per_s"] > 0
     assert f"vocabulary of {found['vocab_size']}" in str(data_rows(found, fastest=10.0)[0])
+
+
+@pytest.mark.parametrize("vocab_size", [512, 32768])
+def test_episodes_need_no_text_and_fit_any_vocabulary(worker, vocab_size):
+    """At the paper's size the tokens of its vocabulary once went into a model of 512."""
+    sizes = {**SPEC["model"], "vocab_size": vocab_size, "sequence_len": 16}
+    spec = {"case": "episodes", "episodes": 2, "together": 2, "steps": 1, "rows": 2, "model": sizes}
+    assert seconds_of(worker, spec) > 0
+
+
+def test_a_case_that_cannot_run_here_is_named_and_the_next_one_runs(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rustbpe'] = None\n")
+    with Worker("cpu", NANOCHAT_BASE_DIR=str(tmp_path), PYTHONPATH=str(tmp_path)) as bare:
+        with pytest.raises(UserError, match="needs the package rustbpe"):
+            result_of(bare, {"case": "data", "files": 20, "vocab_size": 300, "seconds": 0.05})
+        assert seconds_of(bare, {"case": "step", "form": "ours", **SPEC}) > 0
+
+
+def test_a_first_look_begins_with_the_step_and_ends_with_what_takes_longest():
+    step, episode, train, meta = preset_shapes("paper")
+    names = [name for name, _ in looks(step, episode, 561, 50, None, True, 60.0)]
+    assert names[:4] == ["step, 32 rows", "step, 64 rows", "step, 128 rows", "decision"]
+    assert [n for n in names if "episodes" in n] == [f"{E} episodes" for E in (1, 8, 16, 32)]
+    assert names[-2:] == ["recompilations", "twin"] and "twin" not in [
+        name for name, _ in looks(step, episode, 561, 50, None, False, 60.0)
+    ]
+
+
+def test_rates_of_a_first_look(monkeypatch):
+    monkeypatch.setattr("scripts.bench.first_look.timed", lambda worker, spec, seconds: [0.5])
+    times, rates = {}, {}
+    (row,) = step_row({**SPEC, "accumulation": 4}, None, 1.0, False, times)
+    assert row.ours == 2 * 16 * 4 / 0.5 and times == {2: 0.5} and "500.0 ms" in str(row)
+    for E in (1, 8):
+        (row,) = episodes_row(E, SPEC, 30, None, 1.0, rates)
+    assert rates == {1: 3 / 30 / 0.5, 8: 8 * 3 / 30 / 0.5} and row.ratio == pytest.approx(8.0)
 
 
 def test_a_failed_worker_is_an_error_of_one_line():

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +21,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat.common import Compute
+from nanochat.divergence_guard import DivergenceGuard, Verdict
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
+from nanochat.optim_state import state_to_write
 from nanochat.preemption import StopRequest
 from nanochat.schedule_free import ScheduleFreeMuon
+from nanochat.train_step import train_step
+from scripts.run_state import Progress
+from scripts.update_judge import UpdateJudge
 from tests.conftest import ROOT
 
 T, V, CPU = 8, 70, torch.device("cpu")
@@ -90,6 +96,8 @@ def check_training(rank: int, kind: str, n_layer: int) -> None:
         for m, o in (alone, paired)
     ]
     assert_equal(*states)
+    written = state_to_write(paired[1], keep=rank == 0)  # rank 1 keeps nothing of what it helps to gather
+    assert_equal(written, states[1]["optimizer"] if rank == 0 else {})
 
     from_pair, from_alone = make(kind, n_layer, 0, 1), make(kind, n_layer, rank, 2)
     for (model, optimizer), state in zip((from_alone, from_pair), states):
@@ -119,6 +127,26 @@ def check_overlap(rank: int) -> None:
     assert not any(shard.reduced for shard in shards.values())
 
 
+def check_late_judge(rank: int, kind: str) -> None:
+    """A loss that is not finite on one rank, looked at late, leaves the weights of both finite, and alike."""
+    model, optimizer = make(kind, 3, rank, 2)
+    compute = Compute(rank, 2, CPU)
+    evaluator = SimpleNamespace(compute=compute, optimizer=optimizer, training_loss=lambda batches: 1.0)
+    loader = SimpleNamespace(micro_steps=1, get=lambda step, micro_step: None)
+    judge = UpdateJudge(DivergenceGuard(8), model, evaluator, loader, Progress(), False, late=True)
+    verdicts = []
+    for step, factor in enumerate((1.0, math.nan if rank == 1 else 1.0, 1.0)):
+        judge.expect(step, {}, {})
+        rows = [t[2 * rank : 2 * rank + 2] for t in batch(4, T, seed=step)]
+        train_step(lambda x, y, factor=factor: factor * model(x, y), optimizer, [rows], compute, accept=judge)
+        verdicts += [made.verdict for made in judge.look(everything=step == 2)]
+    assert verdicts == [Verdict.TAKE, Verdict.SKIP_SPIKE, Verdict.TAKE]
+    for p in model.parameters():
+        other = p.detach().clone()
+        dist.broadcast(other, 0)
+        assert p.isfinite().all() and torch.equal(p, other)
+
+
 def check_evaluation(rank: int) -> None:
     """The ranks share the batches unevenly: 2 and 1."""
     model, bytes_of, batches = make_model(), (torch.arange(V) + 1) % 5, [batch(4, T, seed=i) for i in range(3)]
@@ -145,6 +173,8 @@ def two_ranks(rank: int, store: str) -> None:
     check_training(rank, "muon-adamw", n_layer=2)  # one gate only: the second rank owns nothing but padding
     check_training(rank, "schedule-free", n_layer=3)
     check_overlap(rank)
+    check_late_judge(rank, "muon-adamw")
+    check_late_judge(rank, "schedule-free")
     check_evaluation(rank)
     check_stop(rank)
     dist.barrier()

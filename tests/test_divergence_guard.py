@@ -15,8 +15,10 @@ from jel.controller import Controller, Decision
 from nanochat.common import UserError
 from nanochat.dataloader import DataLoader
 from nanochat.gpt import GPT
+from nanochat.run_log import MEASURED
 from scripts import base_train
 from scripts.training_log import TrainingLog
+from scripts.update_judge import UpdateJudge
 
 STEPS, SAVE_EVERY = 60, 10
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -189,7 +191,7 @@ def assert_same_weights(base, a, b):
 def timeless(base, tag):
     """The run's log without times, as text (NaN is not equal to NaN)."""
     lines = (base / "runs" / "recovery" / tag / "log.jsonl").read_text().splitlines()
-    return [repr({k: v for k, v in json.loads(line).items() if k not in ("dt", "tokens_per_second")}) for line in lines]
+    return [repr({k: v for k, v in json.loads(line).items() if k not in MEASURED}) for line in lines]
 
 
 def break_weights(model, loss):
@@ -352,3 +354,49 @@ def test_killed_after_a_recovery_and_resumed_is_undisturbed(base, train, poison,
     assert_same_weights(base, f"whole-{save_every}", f"torn-{save_every}")
     logs = [timeless(base, f"{name}-{save_every}") for name in ("whole", "torn")]
     assert logs[0] == logs[1] and sum("'event'" in record for record in logs[0]) >= 3
+
+
+# -----------------------------------------------------------------------------
+# losses looked at one step late, as on a GPU
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """From its call on, runs look one step late."""
+
+    def begin():
+        monkeypatch.setattr(base_train, "UpdateJudge", lambda *parts, late: UpdateJudge(*parts, late=True))
+
+    return begin
+
+
+def test_a_quiet_run_looked_at_late_is_the_same_run(base, train, late):
+    """The same bits and the same log, with pauses for decisions that observe the loss, validations and checkpoints."""
+    flags = ("--controller", "tests.test_base_train:Doubler", "--num-iterations", "12", "--eval-every", "5")
+    flags += ("--decision-interval", "4", "--save-every", "3")
+    assert train("at-once", *flags) == 0
+    late()
+    assert train("late", *flags) == 0
+    assert_same_weights(base, "at-once", "late")
+    assert timeless(base, "at-once") == timeless(base, "late")
+
+
+def test_broken_weights_seen_late_are_replaced_too(base, train, disturb, late):
+    """The step under way is forgotten: from the checkpoint on it is the run that a controller halves there."""
+    assert train("halved", "--controller", "tests.test_divergence_guard:HalvedLater") == 0
+    disturb([46], break_weights)
+    late()
+    assert train("nan-late") == 0
+    result, events, losses = left(base, "nan-late")
+    assert result["recoveries"] == 1 and "step 23: loss nan is a divergence" in events[0] and "to step 10" in events[0]
+    assert sorted(losses) == list(range(STEPS))
+    assert_same_weights(base, "halved", "nan-late")
+
+
+def test_a_broken_gradient_seen_late_has_done_no_harm(base, train, undisturbed, disturb, late):
+    disturb([46], break_gradient)
+    late()
+    assert train("gradient-late") == 0
+    result, events, _ = left(base, "gradient-late")
+    assert len(events) == result["recoveries"] == 1 and events[0].startswith("step 23: loss nan is a spike")
+    assert result["val_bpb"] < undisturbed + 0.15

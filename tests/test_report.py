@@ -16,6 +16,7 @@ import pytest
 from nanochat.common import UserError, run_main
 from nanochat.files import read_json
 from scripts.report import __main__ as report
+from scripts.report import figures
 from scripts.report.evidence import LABELS, read_evidence
 from scripts.report.render import inline, to_html
 from scripts.report.tables import ABSENT, PAPER_TABLE_1
@@ -121,7 +122,7 @@ def test_a_whole_report(runs, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw", lambda *args: draw(*args) & {"figure_2_validation"})
     for path in folder.glob("figure_[13m]*"):
         path.write_text("a former report's")
-    monkeypatch.setattr(report, "save_figure", only_the_first(report.save_figure))
+    monkeypatch.setattr(figures, "save_figure", only_the_first(figures.save_figure))
     make_report(monkeypatch)  # a figure that can no longer be drawn does not stay behind
     assert {p.stem for p in folder.iterdir()} == {"figure_2_validation", "report", "results"}
     assert "figure_3" not in (folder / "report.md").read_text()

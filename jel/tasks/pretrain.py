@@ -8,7 +8,6 @@ same length, data, initialisation and multipliers both end with the same weights
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 
 import torch
@@ -217,10 +216,3 @@ def episode_bytes(config: GPTConfig, batch_size: int) -> int:
         parameters = GPT(config).num_params()
     tokens = batch_size * config.sequence_len
     return 4 * (6 * parameters + tokens * (40 * config.n_embd * config.n_layer + 4 * config.vocab_size))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now: the GPU's, or the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

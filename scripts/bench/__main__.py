@@ -10,10 +10,13 @@ Writes bench.json, growth.png and growth.svg to $NANOCHAT_BASE_DIR/report/. The 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 
@@ -21,6 +24,7 @@ from nanochat.common import UserError, base_dir, init_compute, print0, run_main
 from nanochat.files import write_json
 from nanochat.run_log import environment_record, format_seconds
 from scripts.bench import growth
+from scripts.bench.first_look import looks
 from scripts.bench.rows import (
     bf16_row,
     compiled_ours_row,
@@ -37,7 +41,6 @@ from scripts.bench.shapes import MID, SMALL_EPISODE, describe, one_micro_batch, 
 from scripts.bench.table import Row
 from scripts.bench.worker import Worker, result_of
 from scripts.presets import add_preset_flag, resolve_preset
-from scripts.report.figures import save_figure
 
 QUICK_SECONDS, FULL_SECONDS = 60, 400
 
@@ -46,6 +49,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_preset_flag(parser)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SECONDS} seconds of timing, not {FULL_SECONDS}")
+    what = "the rows to have first on a GPU, each written as it ends; there, --quick is this"
+    parser.add_argument("--first-look", action="store_true", help=what)
     parser.add_argument("--seconds", type=int, default=-1, help="of timing, start-up not counted; -1 = by --quick")
     parser.add_argument("--device-type", default="", help="cuda or cpu; default: cuda if present")
     args = parser.parse_args()
@@ -62,48 +67,66 @@ def main() -> int:
     step, episode, train, meta = preset_shapes(preset)
     table: list[Row] = []
 
-    def show(*rows: Row) -> None:
+    def write(**rest) -> None:
+        record = {"preset": preset, "environment": environment_record(compute), "cores": os.cpu_count()}
+        record |= {"seconds": time.perf_counter() - begin, "rows": [asdict(row) for row in table]}
+        write_json(folder / "bench.json", record | rest)
+
+    def attempt(name: str, measure: Callable[[], list[Row]]) -> None:
+        """Print and write the rows of one question; one that cannot be answered here is named."""
+        try:
+            rows = measure()
+        except UserError as e:
+            return print0(f"{name}: not measured ({e})")
         table.extend(rows)
         print0(*rows, sep="\n")
+        write()
 
     print0(f"{device}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} (best measured on an idle machine)")
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        if args.first_look or cuda and args.quick:
+            worker = stack.enter_context(Worker(device, NANOCHAT_BASE_DIR=scratch))
+            shapes = step, episode, meta.num_iterations, train.decision_interval
+            for look in looks(*shapes, worker, cuda, seconds):
+                attempt(*look)
+            print0(f"done in {format_seconds(time.perf_counter() - begin)}: {folder / 'bench.json'}")
+            return 0
         ours, second, straight = (
             stack.enter_context(Worker(device, keeps_memory, NANOCHAT_BASE_DIR=scratch))
             for keeps_memory in (True, True, False)
         )
         shapes = [(preset, step, 4), ("mid", MID, 1)]
-        show(*training_rows(device, shapes, ours, straight, 0.2 * seconds))
-        step_seconds, fastest = tokens(step) / table[0].ours, max(row.ours for row in table)
+        attempt("training step", lambda: training_rows(device, shapes, ours, straight, 0.2 * seconds))
+        step_seconds = tokens(step) / table[0].ours if table else math.nan
+        fastest = max([row.ours for row in table], default=math.nan)
         if cuda or not args.quick and shutil.which("g++"):
-            show(*compiled_straight_rows(shapes, ours, straight, 0.1 * seconds))
+            attempt("compiled", lambda: compiled_straight_rows(shapes, ours, straight, 0.1 * seconds))
         if cuda:
-            show(recompilation_row(step, ours))
+            attempt("recompilations", lambda: [recompilation_row(step, ours)])
         else:
-            show(bf16_row(straight, 0.05 * seconds))
+            attempt("bf16", lambda: [bf16_row(straight, 0.05 * seconds)])
             if not args.quick and shutil.which("g++"):
-                show(compiled_ours_row(step, ours, 0.05 * seconds))
+                attempt("compiled on a CPU", lambda: [compiled_ours_row(step, ours, 0.05 * seconds)])
             else:
                 print0(f"torch.compile on a CPU: not measured ({'--quick' if args.quick else 'there is no g++'})")
-
-        vocab_size = step["model"]["vocab_size"]
-        found = result_of(ours, {"case": "data", "files": 300, "vocab_size": vocab_size, "seconds": 1.0})
         episodes = [(preset, episode, meta.num_iterations), ("small", SMALL_EPISODE, meta.num_iterations)]
-        show(*episode_rows(device, episodes, ours, 0.2 * seconds))
-        show(*sweep_rows(one_micro_batch(step, device), [ours, second], 0.15 * seconds))
-        show(*data_rows(found, fastest), import_row())
-        show(*controller_rows(step, train.decision_interval, ours, step_seconds))
+        attempt("episodes", lambda: episode_rows(device, episodes, ours, 0.2 * seconds))
+        micro, several = one_micro_batch(step, device), [ours, second]
+        attempt("configurations", lambda: sweep_rows(micro, several, 0.15 * seconds))
+        data = {"case": "data", "files": 300, "vocab_size": step["model"]["vocab_size"], "seconds": 1.0}
+        attempt("data", lambda: data_rows(result_of(ours, data), fastest))
+        attempt("import", lambda: [import_row()])
+        attempt("controller", lambda: controller_rows(step, train.decision_interval, ours, step_seconds))
 
-    grown = one_micro_batch(step, device)
-    curves = growth.measure(device, {"case": "step", "form": "ours", **grown}, 0.25 * seconds)
+    curves = growth.measure(device, {"case": "step", "form": "ours", **micro}, 0.25 * seconds)
     print0(*(growth.describe(axis, curve) for axis, curve in curves.items()), sep="\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    title = f"{preset} on {device}: a training step, {describe(grown)}"
-    save_figure(growth.growth_figure(curves, title), folder, "growth")
-    taken = time.perf_counter() - begin
-    record = {"preset": preset, "environment": environment_record(compute), "cores": os.cpu_count(), "seconds": taken}
-    write_json(folder / "bench.json", {**record, "rows": [asdict(row) for row in table], "growth": curves})
-    print0(f"done in {format_seconds(taken)}: {folder / 'bench.json'}, {folder / 'growth.png'}")
+    write(growth=curves)
+    if importlib.util.find_spec("matplotlib"):
+        from scripts.report.figures import save_figure
+
+        title = f"{preset} on {device}: a training step, {describe(micro)}"
+        save_figure(growth.growth_figure(curves, title), folder, "growth")
+    print0(f"done in {format_seconds(time.perf_counter() - begin)}: {folder / 'bench.json'}")
     return 0
 
 

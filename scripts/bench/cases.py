@@ -7,25 +7,25 @@ R runs, B rows of a batch, T time.
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import rustbpe
+import numpy as np
 import torch
 
 from jel import IDENTITY, Controller, PolicyController, apply_multipliers, as_decision
 from jel.learn.workers import ParallelTask
 from jel.tasks.pretrain import PretrainTask, group_names, uniform_base
-from nanochat.common import Compute, base_dir
+from nanochat.common import Compute, base_dir, need
 from nanochat.dataloader import DataLoader
 from nanochat.dataset import library_texts, write_shards
 from nanochat.divergence_guard import DivergenceGuard
+from nanochat.files import locked
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import peak_memory_bytes
 from nanochat.lr_schedule import base_hparams
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, tokenizer_folder
@@ -61,7 +61,8 @@ def case_step(spec: dict, compute: Compute) -> Callable[[], None]:
     """An optimizer step of B rows as `base_train` takes it: hook, loss, backward, update.
 
     `form`: "ours" or "straight" (`scripts/bench/twins.py`). `compiled`: True puts either under torch.compile; without
-    it ours is compiled where `base_train` compiles (on CUDA) and the straightforward form is eager.
+    it ours is compiled where `base_train` compiles (on CUDA) and the straightforward form is eager. `prepare`: further
+    arguments of `GPT.prepare`.
     The shipped policy decides every 10 steps. With `runs`, R models are trained as one program on the same rows, each
     at a learning rate of its own. `bf16`: Muon's products of the straightforward form in bf16 on a CPU too.
     """
@@ -75,7 +76,7 @@ def case_step(spec: dict, compute: Compute) -> Callable[[], None]:
         if spec.get("compiled"):
             forward = torch.compile(forward, dynamic=False)
     else:
-        forward = model.prepare(compiled=spec.get("compiled"))
+        forward = model.prepare(compiled=spec.get("compiled"), **spec.get("prepare", {}))
 
     controller, multipliers, guard = PolicyController(), IDENTITY, DivergenceGuard(0)
     if R is not None:
@@ -112,21 +113,15 @@ def case_controller(spec: dict, compute: Compute) -> Callable[[], dict]:
 def case_memory(spec: dict, compute: Compute) -> Callable[[], dict]:
     """The most memory (bytes) that 3 steps of the spec take beyond what the process held before: `{"bytes"}`."""
 
-    def peak() -> int:
-        if compute.is_cuda:
-            return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else kilobytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
     def turn() -> dict:
         small = {"runs": 1, "rows": 1, "model": {**spec["model"], "sequence_len": 8, "n_layer": 1}}
         case_step({**spec, **small}, compute)()  # PyTorch loads its libraries on first use: before the measurement
         if compute.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        before, step = peak(), case_step(spec, compute)
+        before, step = peak_memory_bytes(compute.device), case_step(spec, compute)
         for _ in range(3):
             step()
-        return {"bytes": peak() - before}
+        return {"bytes": peak_memory_bytes(compute.device) - before}
 
     return turn
 
@@ -155,7 +150,7 @@ def case_recompilations(spec: dict, compute: Compute) -> Callable[[], dict]:
 def case_episodes(spec: dict, compute: Compute) -> Callable[[], None]:
     """`steps` steps and one probe batch for each of `episodes` episodes, `together` at a time.
 
-    Episodes that run together share `workers` processes, or are one batched program in this one. Needs `case_data`.
+    Episodes that run together share `workers` processes, or are one batched program in this one.
     """
     together, workers, steps = spec["together"], spec.get("workers", 1), spec["steps"]
     num_steps = 33 * steps
@@ -163,7 +158,7 @@ def case_episodes(spec: dict, compute: Compute) -> Callable[[], None]:
     make = partial(
         PretrainTask,
         config,
-        open_cache(),
+        random_cache(config),
         compute,
         num_steps=num_steps,
         batch_size=spec["rows"],
@@ -233,15 +228,23 @@ def loader_rate(cache: TokenCache, rows: int, T: int, seconds: float, compute: C
 
 def largest_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of `vocab_size` tokens, or of as many as the text allows, where `Tokenizer.train` would raise."""
-    trainer = rustbpe.Tokenizer()
+    trainer = need("rustbpe", "training a tokenizer").Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     return Tokenizer(SPLIT_PATTERN, [bytes(token) for token, _ in ranks])
 
 
-def open_cache() -> TokenCache:
-    """The cache that `case_data` has made."""
-    return TokenCache.build(base_dir() / "data" / "bench", Tokenizer.load(tokenizer_folder("bench")))
+def random_cache(config: GPTConfig, documents: int = 2048) -> TokenCache:
+    """A cache of random tokens of the model's vocabulary, 2 shards: timing needs no text, and no package to read it."""
+    folder = base_dir() / "data" / "tokens" / f"random-{config.vocab_size}-{config.sequence_len}"
+    cache, length = TokenCache(folder, 2, np.uint16 if config.vocab_size <= 2**16 else np.uint32), config.sequence_len
+    with locked(folder):
+        for shard in range(2):
+            if not (folder / f"shard_{shard:05d}.offsets.npy").exists():
+                drawn = np.random.default_rng(shard).integers(0, config.vocab_size, documents * length)
+                (folder / f"shard_{shard:05d}.tokens").write_bytes(drawn.astype(cache.dtype).tobytes())
+                np.save(folder / f"shard_{shard:05d}.offsets.npy", np.arange(documents + 1, dtype=np.int64) * length)
+    return cache
 
 
 CASES: dict[str, Callable[[dict, Compute], Callable]] = {

@@ -9,13 +9,9 @@ from contextlib import ExitStack
 from functools import partial
 from statistics import median
 
-import matplotlib.style
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from scripts.bench.worker import Worker, interleaved, result_of, seconds_of
-from scripts.report.figures import BLUE, ORANGE, STYLE
 
 
 def power_law(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float, float]:
@@ -98,12 +94,25 @@ def describe(axis: str, curve: Mapping) -> str:
     return f"{f'growth with {axis}':<52} exponent {curve['exponent']:.2f}, {fit} ({points}) {curve['unit']}"
 
 
-@matplotlib.style.context(STYLE)
-def growth_figure(curves: Mapping[str, Mapping], title: str) -> Figure:
+def growth_figure(curves: Mapping[str, Mapping], title: str):
     """A panel per axis, both scales logarithmic: the costs, the fitted power law, and proportional growth (dashed).
 
     Over threads and ranks the dashed line falls: a cost divided by their number.
     """
+    import matplotlib.style  # here: measuring needs no matplotlib
+
+    from scripts.report.figures import STYLE
+
+    with matplotlib.style.context(STYLE):
+        return _growth_figure(curves, title)
+
+
+def _growth_figure(curves: Mapping[str, Mapping], title: str):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    from scripts.report.figures import BLUE, ORANGE
+
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(2, -(-len(curves) // 2)).flat
     for (axis, found), axes in zip(curves.items(), panels):  # in this order zip takes no panel too many

@@ -14,24 +14,12 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import peak_flops
 from scripts.bench.shapes import MID, describe, tokens
 from scripts.bench.table import Row, compared
 from scripts.bench.worker import Worker, result_of, seconds_of
 
 EPISODES, EPISODE_STEPS = 8, 3  # steps of each episode in a turn
-PEAK_FLOPS = {  # dense bf16, by the makers' data sheets; the first name found in the device's counts
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "L40S": 362e12,
-    "A100": 312e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "A10": 125e12,
-    "L4": 121e12,
-}
 Shapes = Sequence[tuple[str, dict, int]]  # (name, shape, steps a turn, or steps of an episode)
 
 
@@ -130,7 +118,7 @@ def has_native_bf16() -> bool:
 
 def mfu_note(device_name: str, flops: float) -> str:
     """Model FLOPs utilisation at so many FLOP/s, by the peak of the first known name in `device_name`."""
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    peak = peak_flops(device_name)
     if peak is None:
         return f"{flops / 1e12:.0f} TFLOP/s, peak of {device_name} unknown"
     return f"MFU {flops / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"

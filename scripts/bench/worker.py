@@ -49,11 +49,17 @@ class Worker:
             raise UserError("a process of the benchmark has ended; the reason stands above") from None
 
     def end(self) -> dict:
-        """Wait for the answer to the last spec, `{"seconds", "result"}`. Raises `UserError` if the process fails."""
+        """Wait for the answer to the last spec, `{"seconds", "result"}`.
+
+        Raises `UserError` if the case cannot be run here (no room, no such kernel), or if the process fails.
+        """
         line = self._process.stdout.readline()
         if not line:
             raise UserError("a process of the benchmark has failed; the reason stands above")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
 
     def __enter__(self) -> Worker:
         return self
@@ -117,17 +123,23 @@ def main() -> int:
         turns = spec.pop("turns", 1)
         torch.set_num_threads(spec.pop("threads", torch.get_num_threads()))
         key = json.dumps(spec, sort_keys=True)
-        if key not in built:
-            built[key] = CASES[spec["case"]](spec, compute)
-        compute.synchronize()
-        start, result = time.perf_counter(), None
-        for _ in range(turns):
-            result = built[key]()
-        compute.synchronize()
-        seconds = time.perf_counter() - start
+        try:
+            if key not in built:
+                if compute.is_cuda:
+                    built.clear()  # one case in memory at a time: another is compiled again, from the disk
+                built[key] = CASES[spec["case"]](spec, compute)
+            compute.synchronize()
+            start, result = time.perf_counter(), None
+            for _ in range(turns):
+                result = built[key]()
+            compute.synchronize()
+            answer = {"seconds": time.perf_counter() - start, "result": result}
+        except (UserError, torch.OutOfMemoryError) as e:
+            built.pop(key, None)
+            answer = {"error": " ".join(str(e).split())}
         if compute.is_cuda:
             torch.cuda.empty_cache()  # other workers share the GPU
-        print(json.dumps({"seconds": seconds, "result": result}), file=answers)
+        print(json.dumps(answer), file=answers)
     return 0
 
 

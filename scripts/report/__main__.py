@@ -24,8 +24,6 @@ from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.report import tables
 from scripts.report.costs import controller_cost, meta_cost
 from scripts.report.evidence import SECTIONS, Evidence, MetaTraining, read_evidence
-from scripts.report.figures import meta_training_figure, multiplier_figure, save_figure, validation_figure
-from scripts.report.price_figure import price_figure, price_points
 from scripts.report.render import plain, to_html, to_markdown
 from scripts.report.text import CAPTIONS, report_blocks, summary
 
@@ -113,7 +111,13 @@ def groups_label(groups: list[str], sets: int) -> str:
 
 
 def draw(evidence: Evidence, folder: Path) -> set[str]:
-    """Write the figures that can be drawn; returns their names."""
+    """Write the figures that can be drawn; returns their names. Without matplotlib that is none, which a line says."""
+    try:
+        from scripts.report.figures import meta_training_figure, multiplier_figure, save_figure, validation_figure
+        from scripts.report.price_figure import price_figure, price_points
+    except ImportError as e:
+        print0(f"no figures: {e.name} is not installed")
+        return set()
     subtitle, drawn = f"measured: preset {evidence.preset}", {}
     points = price_points(evidence)
     if points:

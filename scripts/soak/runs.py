@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jel import OBSERVATIONS, Controller
-from nanochat.run_log import read_log
+from nanochat.run_log import MEASURED, read_log
 
 TIMEOUT_SECONDS = 300.0  # one process that takes longer counts as hanging
 POLL_SECONDS = 0.001
 STEPS, UPDATES = 60, 8  # of a base_train run and of a meta_train run
 TAG = "run"  # --model-tag
-TIMING = {"dt", "tokens_per_second", "seconds", "core_seconds", "controller_seconds"}  # differ from run to run
+TIMING = {*MEASURED, "seconds", "core_seconds", "controller_seconds"}  # differ from run to run
 
 
 class StatefulController(Controller):

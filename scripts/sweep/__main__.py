@@ -53,6 +53,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--nproc", type=int, default=-1, help="processes of a run; -1 = 1, or the most GPUs its batch divides by")
     flag("--policy", help="methods: jel's policy for every seed, or `shipped`; default: runs/<preset>/meta-s<seed>'s")
     flag("--data", help="as in base_train; default: the preset's")
+    flag("--num-iterations", type=int, default=-1, help="steps of every run; -1 = the preset's")
     return parser
 
 
@@ -68,6 +69,7 @@ def main() -> int:
     if args.policy and args.what != "methods":
         raise UserError(f"--policy is for --what methods; --what {args.what} runs no controller")
     common = ["--data", args.data] if args.data else []
+    common += ["--num-iterations", str(args.num_iterations)] if args.num_iterations != -1 else []
     every_run = parse_with_preset(base_train.flags(), "base_train", ["--preset", args.preset, *common])
     steps = PAPER_STEPS if every_run.num_iterations == -1 else every_run.num_iterations  # only paper derives its length
     plan = Plan(args.preset, args.seeds, steps, common)
@@ -234,7 +236,7 @@ def find_devices(args: argparse.Namespace, every_run: argparse.Namespace, most: 
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1, or -1 to choose it here")
     if gpus and args.nproc > len(gpus):
         raise UserError(f"--nproc {args.nproc}, but there are {len(gpus)} GPUs; give at most that many")
-    micro_batch = every_run.device_batch_size * every_run.max_seq_len
+    micro_batch = max(1, every_run.device_batch_size) * every_run.max_seq_len  # -1: any number of rows divides
     fitting = [n for n in range(1, len(gpus) + 1) if every_run.total_batch_size % (micro_batch * n) == 0]
     nproc = args.nproc if args.nproc > 0 else max(fitting, default=1)
     room = max(1, (len(gpus) or os.cpu_count()) // nproc)
