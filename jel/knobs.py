@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.hyperparameters import FROM_ONE, scaled, write
+from jel.hyperparameters import FROM_ONE, copied, has, scaled, write
 
 LARGEST = sys.float_info.max  # an integer may be finite and yet no float
 SCALES = ("log", "logit")
@@ -122,13 +122,16 @@ def apply_multipliers(
         own = multipliers_of_group(multipliers, group.get("name"))
         if unknown := {key for key in own if key.removeprefix(FROM_ONE) not in values}:
             raise JelError(f"multiplier for {_listed(unknown)}, but the base schedule sets only {_listed(values)}")
-        products = dict(values)
+        products = {key: copied(value) for key, value in values.items()}  # a group never holds the base itself
         for key, multiplier in own.items():
             products[key.removeprefix(FROM_ONE)] = scaled(key, values[key.removeprefix(FROM_ONE)], multiplier)
         written.append(products)
     for group, products in zip(param_groups, written):
         for key, value in products.items():
-            write(group, key, value)
+            if has(group, key):
+                write(group, key, value)
+            else:
+                group[key] = value
 
 
 def validate_multipliers(multipliers: Multipliers, group_names: Collection[str]) -> None:

@@ -30,7 +30,7 @@ class Shard:
     """The part of one param group that this rank updates, and its communication with the other ranks.
 
     A subclass defines, for a state tensor: `_full_shape(name)`; `_full(name, part)`, the whole of it from the parts of
-    all ranks; `_own(name, full)`, this rank's part.
+    all ranks; `_own(name, full)`, this rank's part; `received()`, the gradients that `reduce` left for the update.
     """
 
     def __init__(self, group: dict, rank: int, world_size: int):
@@ -132,6 +132,9 @@ class AdamWShard(Shard):
     def keeps_gradients(self) -> bool:
         return all(self.split)
 
+    def received(self) -> list[torch.Tensor]:
+        return self._grads
+
     def reduce(self) -> None:
         self._grads = [p.grad for p in self.group["params"]]
         if self.world_size == 1:
@@ -219,6 +222,9 @@ class MuonShard(Shard):
 
     def keeps_gradients(self) -> bool:
         return True
+
+    def received(self) -> list[torch.Tensor]:
+        return [self._grad]
 
     def reduce(self) -> None:
         params = self.group["params"]

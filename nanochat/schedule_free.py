@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from nanochat.common import need
 from nanochat.optim import MuonAdamW
 
 _COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr", "train_mode")  # the package's state besides its tensors
@@ -39,8 +40,7 @@ class ScheduleFreeMuon:
         self.params = [p for g in groups if g["kind"] == "adamw" for p in g["params"]]
         for p in self.params:  # the weights hold an average over steps, to which late steps add too little for bf16
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-        import schedulefree  # here, because only a schedule-free run needs it
-
+        schedulefree = need("schedulefree", "a schedule-free run")
         self.free = schedulefree.AdamWScheduleFree(
             self.params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, warmup_steps=warmup_steps
         )
@@ -69,18 +69,23 @@ class ScheduleFreeMuon:
         """As `MuonAdamW.reducing`, of the matrices."""
         return self.muon.reducing()
 
+    def sent_gradients(self) -> list[torch.Tensor]:
+        return self.muon.sent_gradients()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.free.zero_grad(set_to_none)
         self.muon.zero_grad(set_to_none)
 
+    def free_state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Of the schedule-free part: its tensors by name, themselves, and its counters."""
+        tensors = {f"{i}.{key}": t for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}
+        return tensors, {key: self.free.param_groups[0][key] for key in _COUNTERS}
+
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers; collective on several ranks. Taken in train mode, it resumes exactly."""
-        tensors = {f"{i}.{key}": t.clone() for i, p in enumerate(self.params) for key, t in self.free.state[p].items()}
-        return {
-            "muon": self.muon.state_dict(),
-            "free": tensors,
-            "counters": {k: self.free.param_groups[0][k] for k in _COUNTERS},
-        }
+        tensors, counters = self.free_state()
+        free = {name: t.clone() for name, t in tensors.items()}
+        return {"muon": self.muon.state_dict(), "free": free, "counters": counters}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a `state_dict()`. Raises ValueError when names or shapes differ."""

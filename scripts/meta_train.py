@@ -396,7 +396,8 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = [
     *HPARAM_NAMES,
-    *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef trust_region pessimism".split(),
+    *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef".split(),
+    *"trust_region pessimism".split(),
 ]
 
 

@@ -51,7 +51,9 @@ def test_a_run_from_carried_tokens(carried, bare, tmp_path):
     flags = ["--preset", "smoke", "--data", str(carried)]
     taken = run_script(tmp_path, "scripts.tok_train", *flags, check=True, **bare)
     assert "made elsewhere" in taken.stdout
-    flags += ["--optimizer", "schedule-free", "--num-iterations", "400", "--eval-every", "0", "--save-every", "0"]
+    flags += ["--num-iterations", "400", "--eval-every", "0", "--save-every", "0"]
+    free = run_script(tmp_path, "scripts.base_train", *flags, "--optimizer", "schedule-free", **bare)
+    assert free.returncode == 2 and "a schedule-free run needs the package schedulefree" in free.stderr
     there = run_script(tmp_path, "scripts.base_train", *flags, "--model-tag", "carried", check=True, **bare)
     assert "tokens of 3 shards, made elsewhere" in there.stdout and "sample:" in there.stdout
     assert "epochs over the same text" in there.stdout
