@@ -20,7 +20,7 @@ from jel.errors import JelError
 from jel.files import json_bytes
 from jel.fitting.base import Base, as_base, describe_knobs, knobs_for
 from jel.fitting.compare import FRESH, damped, judge, run_side_by_side
-from jel.fitting.plan import FitConfig, Plan, Price, make_plan, measure
+from jel.fitting.plan import WAYS, FitConfig, Plan, Price, make_plan, measure
 from jel.fitting.result import FitResult, progress_line
 from jel.fitting.sparse import EndsOnly
 from jel.fitting.state import StopRequest, load_state, save_state
@@ -34,7 +34,6 @@ from jel.schedules import constant
 from jel.tasks.base import Task
 
 METHODS = ("jel", *sorted(SEARCHES))
-WAYS = {"base": 0.0, "damped": 0.5, "learned": 1.0}  # compared at the end: the learned multipliers to this power
 
 
 def fit(
@@ -94,9 +93,9 @@ def fit(
         plan, price, records, losses = Plan.from_json(facts["plan"]), Price(**facts["price"]), facts["records"], facts["losses"]
         spent = facts["seconds"]
     else:
-        price = measure(task, config)
+        price = measure(task, knobs, config)
         resizable = hasattr(task, "with_steps")
-        plan = make_plan(task.num_steps(0), budget, price, config, not resizable, len(WAYS))
+        plan = make_plan(task.num_steps(0), budget, price, config, not resizable)
         state, records, losses, spent = None, [], [], 0.0
     way = getattr(task, "way", None)
     say(f"fit {asked['task']}: {method}, turning {describe_knobs(knobs, task)}")
@@ -141,7 +140,7 @@ def fit(
 
         points = [k / config.decisions for k in range(config.decisions)]
         learned = multiplier_table(trainer.policy, points)
-        ways = [damped(learned, power) for power in WAYS.values()]
+        ways = [damped(learned, WAYS[name]) for name in plan.ways]
         while not stop.requested() and len(losses) < plan.check_seeds:
             t0 = time.perf_counter()
             found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
@@ -219,7 +218,7 @@ def _result(
     knobs: Sequence[Knob],
     say: Callable[[str], None],
 ) -> FitResult:
-    names, verdict = list(WAYS), judge(losses, plan.check_lengths, plan.run_steps)
+    names, verdict = plan.ways, judge(losses, plan.check_lengths, plan.run_steps)
     kept = names[verdict.chosen] if verdict.better else "base"
     longest = plan.check_lengths[-1]
     over = f"on {plan.check_seeds} fresh seeds over {'all' if longest == plan.run_steps else longest} of {plan.run_steps} steps"

@@ -64,8 +64,7 @@ class FitResult:
 
 
 def progress_line(record: dict[str, Any], done: int, updates: int, left: float) -> str:
-    """One line an update: what the probe loss did, and the multipliers of the present mean action."""
-    number = lambda x: "-" if x is None else f"{x:.4g}"
+    """One line an update: the probe loss (median episode, best one), and the multipliers of the present mean action."""
     parts = []
     for group, of in record["multipliers"].items():
         for key, values in of.items():
@@ -75,9 +74,9 @@ def progress_line(record: dict[str, Any], done: int, updates: int, left: float) 
             same = max(shown) <= 1.005 * min(shown)
             text = f"{shown[0]:.3g}" if same else "/".join(f"{v:.3g}" for v in shown)
             parts.append(f"{key if group == '*' else group + ' ' + key} x{text}")
-    blown = len(record["returns"]) - record["episodes_alive"]
-    trouble = f" | {blown} episodes blew up" if blown else ""
+    first, returns = record["probe_first"], sorted(r for r in record["returns"] if r is not None)
+    ends = f"{first - returns[len(returns) // 2]:.4g}, best {first - returns[-1]:.4g}" if returns else "blown up"
     return (
-        f"update {done:02d}/{updates:02d} | probe loss {number(record['probe_first'])} -> "
-        f"{number(record['probe_last'])} | {', '.join(parts)}{trouble} | {record['seconds']:.1f} s, {left:.0f} s left"
+        f"update {done:02d}/{updates:02d} | probe loss {first:.4g} -> {ends} | {', '.join(parts)} | "
+        f"{record['seconds']:.1f} s, {left:.0f} s left"
     )
