@@ -76,7 +76,7 @@ class FitRecipe(JelRecipe):
 
 @dataclass(frozen=True)
 class Price:
-    """Of a probe episode. `probe`: a look at the probe batches, in training steps, by FLOPs where they can be counted."""
+    """Of a probe episode. `probe`: a look at the probe batches, in training steps (by FLOPs where they are counted)."""
 
     probe: float
     step_flops: float | None
@@ -177,10 +177,10 @@ def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fi
     length = min(max(length, min(shortest, lengths[-1])), lengths[-1])  # not longer than the runs that decide
     updates = math.floor(left / (config.group * (length + LOOKS * price.probe)))
     if updates < 1:
-        least = config.group * (shortest + LOOKS * price.probe) + price.spent + check
+        least = (config.group * (shortest + LOOKS * price.probe) + price.spent + check) / run_steps
         raise JelError(
-            f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {config.group} episodes of "
-            f"{shortest} steps and the comparison with the base; give at least {math.ceil(100 * least / run_steps) / 100:g}"
+            f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {config.group} episodes "
+            f"of {shortest} steps and the comparison with the base; give at least {math.ceil(100 * least) / 100:g}"
         )
     return Plan(
         run_steps=run_steps,
