@@ -94,9 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
-    print(
     print("| problem | base lr | budget, runs | method | test loss, mean ± std | minus the base, 95% | kept base |")
-    )
     print("|---|---|---|---|---|---|---|")
     for budget, problem, rate in itertools.product(args.budgets, args.problems, args.rates):
         table(problem, rate, budget, args)
