@@ -131,34 +131,38 @@ def fit(
             facts = {"asked": asked, "plan": asdict(plan), "price": asdict(price), "records": records}
             save_state(where, {**facts, "losses": losses, "seconds": spent}, {"trainer": trainer.state_dict()})
 
-    with stop.listening():
-        try:
-            while trainer.updates < plan.updates:
-                record = trainer.update()
-                spent += record["seconds"]
-                records.append({key: record[key] for key in ("returns", "probe_first", "probe_last", "episodes_alive")})
-                pace = spent / len(records)
-                say(progress_line(record, trainer.updates, plan.updates, pace * (plan.updates - trainer.updates)))
+    try:
+        with stop.listening():
+            try:
+                while trainer.updates < plan.updates:
+                    record = trainer.update()
+                    spent += record["seconds"]
+                    records.append(
+                        {key: record[key] for key in ("returns", "probe_first", "probe_last", "episodes_alive")}
+                    )
+                    pace = spent / len(records)
+                    say(progress_line(record, trainer.updates, plan.updates, pace * (plan.updates - trainer.updates)))
+                    keep()
+            except Interrupted:
+                pass
+
+            # ---------------------------------------------------------------------
+            # compare
+
+            points = [k / config.decisions for k in range(config.decisions)]
+            learned = multiplier_table(trainer.policy, points)
+            ways = [damped(learned, WAYS[name]) for name in plan.ways]
+            while not stop.requested() and len(losses) < plan.check_seeds:
+                t0 = time.perf_counter()
+                found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
+                if None in found:
+                    break
+                losses.append(found)
+                spent += time.perf_counter() - t0
                 keep()
-        except Interrupted:
-            pass
-
-        # ---------------------------------------------------------------------
-        # compare
-
-        points = [k / config.decisions for k in range(config.decisions)]
-        learned = multiplier_table(trainer.policy, points)
-        ways = [damped(learned, WAYS[name]) for name in plan.ways]
-        while not stop.requested() and len(losses) < plan.check_seeds:
-            t0 = time.perf_counter()
-            found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
-            if None in found:
-                break
-            losses.append(found)
-            spent += time.perf_counter() - t0
-            keep()
-    for each in {id(t): t for t in (episodes, *compared, task)}.values():
-        each.close()
+    finally:
+        for each in {id(t): t for t in (episodes, *compared, task)}.values():
+            each.close()
     if stop.requested():
         keep()
         _stopped(stop, trainer.updates, plan, where, say)

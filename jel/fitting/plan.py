@@ -89,8 +89,10 @@ def measure(task: Task, knobs: Sequence[Knob], config: FitConfig, steps: int = 4
     steps = min(steps, task.num_steps(0))
     group, ones = -1, multipliers_from_values(knobs, [torch.ones(config.group)] * len(knobs))
     task.reset(group, range(config.group))
+    start = task.observe(["probe_loss"])["probe_loss"]
+    if not start.isfinite().all():
+        raise JelError(f"the probe loss is {float(start[0])} before anything is learned: no schedule can mend that")
     task.train(0, 1, ones)  # whatever is slow once
-    task.observe(["probe_loss"])
     t0 = time.perf_counter()
     task.train(1, steps - 1, ones)
     t1 = time.perf_counter()
