@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
 from jel.errors import JelError
@@ -32,7 +31,7 @@ class Base:
             value = getattr(self, field.name)
             if value is None and field.name == "corrections":
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not 1 < value <= LARGEST_RANGE:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value <= LARGEST_RANGE:
                 raise JelError(f"base: the range of {field.name} is {value!r}; it must be above 1, at most 1e6")
 
 

@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def fit(
 def _check(task: Any, budget: Any, method: Any) -> None:
     if method not in METHODS:
         raise JelError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    if isinstance(budget, bool) or not isinstance(budget, Real) or not (0 < budget < math.inf):
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not (0 < budget < math.inf):
         raise JelError(f"budget is {budget!r}; it is the price in runs of the task, a number above 0")
     if missing := [name for name in ("groups", "num_steps", "reset", "train", "observe") if not hasattr(task, name)]:
         raise JelError(
