@@ -134,9 +134,14 @@ def flags() -> argparse.ArgumentParser:
     )
     flag("--learner", choices=["grpo", "critic"], default="grpo", help=what)
     flag("--final-log-std", type=float, default=-1.4, help="critic: exploration narrows to this from --initial-log-std")
-    flag("--policy-steps", type=int, default=60, help="critic: Adam's steps an update")
-    flag("--trust-region", type=float, default=1.0, help="critic: nats that an update moves the policy's mean, at most")
-    flag("--pessimism", type=float, default=1.0, help="critic: standard deviations that the last update takes off")
+    flag("--policy-steps", type=int, default=200, help="critic: Adam's steps an update")
+    flag("--pessimism", type=float, default=0.5, help="critic: standard deviations that it takes off a return")
+    flag(
+        "--smoothness",
+        type=float,
+        default=0.05,
+        help="critic: what a schedule must earn, see jel/learn/actor_critic.py",
+    )
     flag("--policy-lr", type=float, default=3e-4)
     flag("--policy-lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the end")
     flag("--returns", choices=list(RETURNS), default="reward-to-go", help="total: one for all decisions of an episode")
@@ -377,7 +382,7 @@ def make_recipe(args: argparse.Namespace) -> JelRecipe:
     same = (
         "action_range correction_range initial_log_std policy_lr policy_lr_schedule updates gamma clip minibatch_size "
         "entropy_coef returns advantages episodes decision_interval momentum_range learner final_log_std policy_steps "
-        "trust_region pessimism"
+        "pessimism smoothness"
     )
     return JelRecipe(
         **{name: getattr(args, name) for name in same.split()},
@@ -397,7 +402,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = [
     *HPARAM_NAMES,
     *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef".split(),
-    *"trust_region pessimism".split(),
+    *"pessimism smoothness".split(),
 ]
 
 

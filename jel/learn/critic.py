@@ -19,7 +19,7 @@ from jel.errors import JelError
 # returns are standardised, positions lie in (-1, 1).
 LENGTH_PRIOR = (0.3, 0.5)
 PRIORS = {
-    "variation": (0.0, 0.5),  # lengths of what varies within an episode, relative to those of its mean
+    "variation": (1.0, 0.25),  # lengths of what varies within an episode, relative to those of its mean
     "signal": (1.0, 2.0),  # variance of what the actions explain
     "group": (-2.0, 2.0),  # variance between groups: another start, other data
     "noise": (-4.0, 2.0),  # variance between episodes alike
@@ -46,6 +46,7 @@ def squared_distances(a: Tensor, b: Tensor, lengths: Tensor, variation: Tensor) 
 class Critic:
     """The process. `fit` to all episodes so far, then ask for the return of other actions.
 
+    `unit` is the standard deviation of the returns that it was fitted to.
     The hyperparameters are those of the highest posterior density, found by `steps` of Adam from the last fit's.
     Deterministic: one thread, double precision.
     """
@@ -75,8 +76,8 @@ class Critic:
             raise JelError("the critic needs the finite returns of two episodes or more")
         self._positions, self._groups = positions(raw), groups
         returns = returns.double()
-        self._offset, self._unit = returns.mean(), returns.std().clamp_min(1e-9)
-        y = ((returns - self._offset) / self._unit)[:, None]
+        self._offset, self.unit = returns.mean(), returns.std().clamp_min(1e-9)
+        y = ((returns - self._offset) / self.unit)[:, None]
         log = self.hyperparameters.clone().requires_grad_()
         adam = torch.optim.Adam([log], lr=0.1)
         for _ in range(self.steps):
@@ -104,4 +105,4 @@ class Critic:
             explained = torch.linalg.solve_triangular(self._factor, covariance.T, upper=False).square().sum(0)
             signal = self.hyperparameters[self.n_actions + 1].exp()
             mean = mean - pessimism * (signal - explained).clamp_min(1e-9).sqrt()
-        return mean * self._unit + self._offset
+        return mean * self.unit + self._offset

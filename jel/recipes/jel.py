@@ -35,7 +35,7 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 OURS = {
     "corrections": "groups",
     "momentum_range": 5.0,
-    "noise_correlation": 0.9,
+    "noise_correlation": 0.97,
     "antithetic": 1,
     "learner": "critic",
     "policy_lr": 1e-2,
@@ -67,10 +67,10 @@ class JelRecipe:
     epochs: int = 4
     minibatch_size: int = 64
     entropy_coef: float = 0.0
-    final_log_std: float = -1.4  # the critic's part, down to the pessimism: see `ActorCriticUpdate`
-    policy_steps: int = 60
-    trust_region: float = 1.0
-    pessimism: float = 1.0
+    final_log_std: float = -1.4  # the critic's part, down to the smoothness: see `ActorCriticUpdate`
+    policy_steps: int = 200
+    pessimism: float = 0.5
+    smoothness: float = 0.05
     returns: str = "reward-to-go"
     advantages: str = "group"
     exploration: Exploration = Exploration()
@@ -108,11 +108,10 @@ class JelRecipe:
                 policy,
                 lr=self.policy_lr,
                 steps=self.policy_steps,
-                trust_region=self.trust_region,
                 pessimism=self.pessimism,
+                smoothness=self.smoothness,
                 initial_log_std=self.initial_log_std,
                 final_log_std=self.final_log_std,
-                correlation=self.exploration.correlation,
                 seed=seed,
             )
         return PolicyUpdate(
