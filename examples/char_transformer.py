@@ -1,6 +1,6 @@
 """A character transformer in plain PyTorch on Python's own source; AdamW decays matrices only.
 
-    python -m examples.char_transformer
+python -m examples.char_transformer
 """
 
 from __future__ import annotations

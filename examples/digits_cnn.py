@@ -1,6 +1,6 @@
 """A small convolutional net on the handwritten digits of scikit-learn, in a loop as torchvision's and timm's are.
 
-    python -m examples.digits_cnn        needs scikit-learn
+python -m examples.digits_cnn        needs scikit-learn
 """
 
 from __future__ import annotations

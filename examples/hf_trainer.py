@@ -1,6 +1,6 @@
 """Training a small Hugging Face model, built from a config, with the Trainer: which module is a line of code from?
 
-    python -m examples.hf_trainer        needs transformers and accelerate
+python -m examples.hf_trainer        needs transformers and accelerate
 """
 
 from __future__ import annotations

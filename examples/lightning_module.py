@@ -1,6 +1,6 @@
 """A Lightning module: the scheduler on the interval "step". Diabetes progression from ten measurements.
 
-    python -m examples.lightning_module     needs lightning and scikit-learn
+python -m examples.lightning_module     needs lightning and scikit-learn
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def run(make_optimizer, make_scheduler, seed: int, split: int = 2) -> float:
     warnings.filterwarnings("ignore", module="lightning")
     torch.manual_seed(seed)
     sets, module = data(seed), Regression(make_optimizer, make_scheduler)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = lightning.Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[JelCallback()], **quiet)
     trainer.fit(module, DataLoader(sets[0], BATCH, shuffle=True))
     return trainer.test(module, DataLoader(sets[split], 64), verbose=False)[0]["loss"]

@@ -1,6 +1,6 @@
 """An MLP on a table: the breast-cancer data of scikit-learn, where a net overfits within a few epochs.
 
-    python -m examples.tabular_mlp       needs scikit-learn
+python -m examples.tabular_mlp       needs scikit-learn
 """
 
 from __future__ import annotations

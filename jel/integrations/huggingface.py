@@ -2,7 +2,7 @@
 
     Trainer(..., optimizers=(optimizer, jel.Scheduler(optimizer, steps, schedule)))     your own optimizer
     control(trainer, schedule)                     the Trainer's own optimizer and its own warm-up and decay below it
-    Trainer(..., callbacks=[JelCallback()])        with either: multipliers in the log, losses for controllers that watch
+    Trainer(..., callbacks=[JelCallback()])        with either: multipliers in the log, losses for the controller
 
 Checkpoints of the Trainer hold the scheduler's state, so `resume_from_checkpoint` goes on exactly. Under gradient
 accumulation the Trainer steps a scheduler once per optimizer step, which is what `total_steps` counts.

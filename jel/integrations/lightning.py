@@ -12,7 +12,6 @@ step is an optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -54,24 +53,14 @@ class JelCallback(lightning.Callback):
             if scheduler_in(config.scheduler) is not None and config.interval != "step":
                 raise JelError(f"this jel.Scheduler is stepped every {config.interval}; give it interval='step'")
 
-    def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
     ) -> None:
-        loss = trainer.callback_metrics.get("loss")
-        del loss
+        if self.scheduler is not None:  # Lightning has divided it by the number of batches that it accumulates
+            self.scheduler.observe(loss=loss * trainer.accumulate_grad_batches)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Tensor | Mapping[str, Any] | None,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.scheduler is None:
-            return
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            self.scheduler.observe(loss=loss)
-        if trainer.logger is not None:
+        if self.scheduler is not None and trainer.logger is not None:
             pl_module.log_dict(multiplier_values(self.scheduler.multipliers), on_step=True, on_epoch=False)
