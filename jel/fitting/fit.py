@@ -1,0 +1,255 @@
+"""`jel.fit`: a budget, a task, a schedule. Read from top to bottom; the parts are in this folder.
+
+1. measure what an episode costs, make a plan that fits the budget, print it;
+2. learn: groups of short episodes, a policy update after each (or a search, to compare with);
+3. compare what was learned with the untouched base on fresh seeds, and hand it out only if it is better.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from jel.errors import JelError
+from jel.files import json_bytes
+from jel.fitting.base import Base, as_base, describe_knobs, knobs_for
+from jel.fitting.compare import FRESH, accepted, damped, judge, run_side_by_side
+from jel.fitting.plan import FitConfig, Plan, Price, make_plan, measure
+from jel.fitting.result import FitResult, progress_line
+from jel.fitting.sparse import EndsOnly
+from jel.fitting.state import StopRequest, load_state, save_state
+from jel.learn.meta import MetaTrainer
+from jel.learn.rollout import Interrupted
+from jel.learn.search import SEARCHES, SearchTrainer
+from jel.policy import multiplier_table
+from jel.schedule import make_schedule
+from jel.schedules import constant
+from jel.tasks.base import Task
+
+METHODS = ("jel", *sorted(SEARCHES))
+WAYS = {"base": 0.0, "damped": 0.5, "learned": 1.0}  # compared at the end: the learned multipliers to this power
+
+
+def fit(
+    task: Task,
+    *,
+    budget: float = 1.0,
+    base: Base | Mapping[str, Any] | str | float | None = None,
+    method: str = "jel",
+    folder: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    config: FitConfig | None = None,
+    say: Callable[[str], None] = print,
+) -> FitResult:
+    """Learn a schedule for a task's base from short episodes, at the price of `budget` runs of the task.
+
+    `task`: a `LoopTask` (jel/tasks/loop.py), whose episodes are made as long as the budget allows, or any `Task`, whose
+    episodes are taken as the runs. `base`: how far multipliers may go, see `as_base`; by default ten times either way.
+    `method`: "jel" learns a policy of progress; "cma" and "random" search for constants at the same price.
+    `folder`: where state and result are kept; Ctrl-C and SIGTERM then stop after the present decision, and
+    `resume=True` goes on, bit for bit as if never stopped. `seed`: all that is random in the search. `config`: numeric
+    choices. `say` gets the lines for a person.
+
+    Returns the schedule only if it beats the untouched base on fresh seeds by more than the noise, else
+    `constant(1.0)`; `result.card` says which. Raises `JelError` in one line for bad input, before anything is run
+    where that can be known.
+    """
+    config, ranges = config or FitConfig(), as_base(base)
+    _check(task, budget, method)
+    if resume and folder is None:
+        raise JelError("resume=True needs the folder of the fit that was stopped")
+    where = Path(folder) if folder is not None else None
+    knobs = knobs_for(task, ranges, config.most_corrections)
+
+    # -------------------------------------------------------------------------
+    # the plan, or the one that is gone on with
+
+    asked = _plain(
+        {
+            "task": getattr(task, "name", type(task).__name__),
+            "groups": getattr(task, "facts", task.groups),
+            "run_steps": task.num_steps(0),
+            "budget": float(budget),
+            "base": asdict(ranges),
+            "method": method,
+            "seed": seed,
+            "config": asdict(config),
+        }
+    )
+    saved = load_state(where) if where else None
+    if saved and not resume:
+        raise JelError(f"{where} holds a fit already; give resume=True to go on with it, or another folder")
+    if saved:
+        facts, state = saved
+        if differing := [key for key in asked if facts["asked"].get(key) != asked[key]]:
+            raise JelError(f"the fit in {where} was begun with another {', '.join(differing)}; resume with the same")
+        plan, price, records, losses = Plan(**facts["plan"]), Price(**facts["price"]), facts["records"], facts["losses"]
+        spent = facts["seconds"]
+    else:
+        price = measure(task, config)
+        resizable = hasattr(task, "with_steps")
+        plan = make_plan(task.num_steps(0), budget, price, config, not resizable, len(WAYS))
+        state, records, losses, spent = None, [], [], 0.0
+    way = getattr(task, "way", None)
+    say(f"fit {asked['task']}: {method}, turning {describe_knobs(knobs, task)}")
+    if way is not None:
+        say(f"episodes run {way}")
+    for line in plan.lines(price):
+        say(line)
+    episodes, whole = _of_length(task, plan.episode_steps), _of_length(task, plan.check_steps)
+
+    # -------------------------------------------------------------------------
+    # learn
+
+    stop, recipe = StopRequest(), config.recipe(plan, knobs)
+    trainer: MetaTrainer | SearchTrainer
+    if method == "jel":
+        trainer = recipe.trainer(EndsOnly(episodes), seed, seed + 1, seed + 2, plan.group, stop_requested=stop.requested)
+    else:
+        trainer = recipe.searcher(method, EndsOnly(episodes), seed, plan.group, stop_requested=stop.requested)
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+        say(f"resumed after update {trainer.updates} of {plan.updates}")
+
+    def keep() -> None:
+        if where:
+            facts = {"asked": asked, "plan": asdict(plan), "price": asdict(price), "records": records}
+            save_state(where, {**facts, "losses": losses, "seconds": spent}, {"trainer": trainer.state_dict()})
+
+    with stop.listening():
+        try:
+            while trainer.updates < plan.updates:
+                record = trainer.update()
+                spent += record["seconds"]
+                records.append({key: record[key] for key in ("returns", "probe_first", "probe_last", "episodes_alive")})
+                pace = spent / len(records)
+                say(progress_line(record, trainer.updates, plan.updates, pace * (plan.updates - trainer.updates)))
+                keep()
+        except Interrupted:
+            pass
+
+        # ---------------------------------------------------------------------
+        # compare
+
+        points = [k / config.decisions for k in range(config.decisions)]
+        learned = multiplier_table(trainer.policy, points)
+        ways = [damped(learned, power) for power in WAYS.values()]
+        while not stop.requested() and len(losses) < plan.check_seeds:
+            t0 = time.perf_counter()
+            found = run_side_by_side(whole, FRESH + len(losses), ways, stop.requested)
+            if found is None:
+                break
+            losses.append(found)
+            spent += time.perf_counter() - t0
+            keep()
+    for each in {id(t): t for t in (episodes, whole, task)}.values():
+        each.close()
+    if stop.requested():
+        keep()
+        _stopped(stop, trainer.updates, plan, where, say)
+
+    # -------------------------------------------------------------------------
+    # hand out
+
+    result = _result(task, asked, plan, price, spent, records, learned, losses, say)
+    if where:
+        result.save(where)
+        say(f"schedule.json and card.json are in {where}")
+    return result
+
+
+# -----------------------------------------------------------------------------
+
+
+def _check(task: Any, budget: Any, method: Any) -> None:
+    if method not in METHODS:
+        raise JelError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not (0 < budget < math.inf):
+        raise JelError(f"budget is {budget!r}; it is the price in runs of the task, a number above 0")
+    if missing := [name for name in ("groups", "num_steps", "reset", "train", "observe") if not hasattr(task, name)]:
+        raise JelError(
+            f"{type(task).__name__} is no task (it has no {missing[0]}); make one with jel.tasks.loop.LoopTask"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    import json
+
+    return json.loads(json_bytes(value))
+
+
+def _of_length(task: Any, steps: int) -> Any:
+    return task.with_steps(steps) if hasattr(task, "with_steps") and steps != task.num_steps(0) else task
+
+
+def _stopped(stop: StopRequest, done: int, plan: Plan, where: Path | None, say: Callable[[str], None]) -> None:
+    """End as the signal asks: Ctrl-C as KeyboardInterrupt, SIGTERM with status 75 (try again)."""
+    import signal
+
+    then = f"go on with folder={str(where)!r}, resume=True" if where else "nothing was kept (no folder was given)"
+    say(f"stopped after update {done} of {plan.updates}; {then}")
+    if stop.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(75)
+
+
+def _result(
+    task: Any,
+    asked: dict,
+    plan: Plan,
+    price: Price,
+    seconds: float,
+    records: list[dict],
+    learned: list[dict],
+    losses: list[list[float]],
+    say: Callable[[str], None],
+) -> FitResult:
+    names, verdict = list(WAYS), judge(losses)
+    kept = names[verdict.chosen] if accepted(verdict) else "base"
+    over = f"over {plan.check_steps} of {plan.run_steps} steps, {plan.check_seeds} fresh seeds"
+    if kept != "base":
+        what = "what was learned" if kept == "learned" else "half of what was learned (on a log scale)"
+        word = f"{what} beats the untouched base by {verdict.better:.4g} of probe loss, at least {verdict.at_least:.4g} (95%), {over}"
+        rows = damped(learned, WAYS[kept])
+        contract = getattr(task, "contract", None)
+        schedule = make_schedule(rows, f"jel.fit, {asked['method']}, {kept}", contract)
+    else:
+        word = f"what was learned does not beat the untouched base by more than the noise {over}: the schedule is constant(1.0)"
+        schedule = constant(1.0)
+    say(word)
+    card = {
+        "format": "jel-fit-card",
+        "version": 1,
+        **asked,
+        "optimizer": getattr(task, "optimizer_kind", None),
+        "episodes_run": str(getattr(task, "way", "as the task runs them")),
+        "plan": asdict(plan),
+        "price": {
+            "run_equivalents": plan.runs,
+            "search": plan.search,
+            "comparison": plan.check,
+            "measuring": plan.measuring / plan.run_steps,
+            "step_flops": price.step_flops,
+            "seconds": seconds,
+        },
+        "returns": [record["returns"] for record in records],
+        "learned": learned,
+        "comparison": {
+            "steps": plan.check_steps,
+            "seeds": plan.check_seeds,
+            "probe_loss": {name: [row[i] for row in losses] for i, name in enumerate(names)},
+            "best": names[verdict.chosen],
+            "better_by": verdict.better,
+            "at_least": verdict.at_least,
+        },
+        "kept": kept,
+        "verdict": word,
+    }
+    return FitResult(schedule, _plain(card))

@@ -1,0 +1,186 @@
+"""From a budget to a number of episodes: every numeric choice of `jel.fit`, in one place.
+
+The unit of cost is a training step of the real run; a run of N steps costs N. n steps an episode, K decisions in it,
+G episodes a group, U groups (updates). A look at the probe batches costs `probe` steps; an episode has two.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from jel.errors import JelError
+from jel.knobs import Knob
+from jel.learn.exploration import Exploration
+from jel.recipes.jel import JelRecipe
+from jel.tasks.base import Task
+
+LOOKS = 2  # at the probe batches in an episode: its start and its end (jel/fitting/sparse.py)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The numbers behind `jel.fit`. docs/fit.md says how they were found."""
+
+    # the search
+    group: int = 8
+    updates: int = 20  # as many as this where the budget pays for them with episodes that are not too short
+    most_updates: int = 40
+    decisions: int = 5
+    shortest: int = 20  # steps of an episode, at least
+    shortest_share: float = 0.02  # and at least this share of the run
+    most_corrections: int = 3
+    # the comparison with the base
+    check_share: float = 0.3  # of the budget
+    check_seeds: int = 4
+    # the recipe
+    initial_log_std: float = -0.5
+    policy_travel: float = 0.12  # policy learning rate x updates
+    largest_policy_lr: float = 2e-2
+    correlation: float = 0.9
+
+    def recipe(self, plan: Plan, knobs: tuple[Knob, ...]) -> FitRecipe:
+        return FitRecipe(
+            turned=knobs,
+            initial_log_std=self.initial_log_std,
+            policy_lr=min(self.policy_travel / plan.updates, self.largest_policy_lr),
+            policy_lr_schedule="linear",
+            updates=plan.updates,
+            returns="total",
+            exploration=Exploration(self.correlation, antithetic=True),
+            episodes=plan.group,
+            decision_interval=plan.interval,
+        )
+
+
+@dataclass(frozen=True)
+class FitRecipe(JelRecipe):
+    """The recipe of JEL over knobs of our own choice."""
+
+    turned: tuple[Knob, ...] = ()
+
+    def knobs(self) -> tuple[Knob, ...]:
+        return self.turned
+
+
+# -----------------------------------------------------------------------------
+# what a step costs
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of a probe episode. `probe`: a look at the probe batches, in training steps, by FLOPs where they can be counted."""
+
+    probe: float
+    step_flops: float | None
+    step_seconds: float  # of one episode, run with the others of its group
+    spent: float  # what measuring took, in steps
+
+
+def measure(task: Task, config: FitConfig, steps: int = 4) -> Price:
+    """Run the first steps of a group that is used for nothing else, and count and time them."""
+    steps = min(steps, task.num_steps(0))
+    group, ones = -1, {"*": {"lr": torch.ones(config.group)}}
+    task.reset(group, range(config.group))
+    task.train(0, 1, ones)  # whatever is slow once
+    task.observe(["probe_loss"])
+    t0 = time.perf_counter()
+    task.train(1, steps - 1, ones)
+    t1 = time.perf_counter()
+    task.observe(["probe_loss"])
+    t2 = time.perf_counter()
+    step = (t1 - t0) / max(1, steps - 1)
+    probe, flops = (t2 - t1) / max(step, 1e-9), None
+    if hasattr(task, "costs"):
+        probe, flops = task.costs()
+    return Price(probe, flops, step / config.group, config.group * (steps + 2 * probe))
+
+
+# -----------------------------------------------------------------------------
+# the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run. `check_*`: the comparison with the base, `arms` runs side by side for each seed."""
+
+    run_steps: int
+    budget: float
+    group: int
+    updates: int
+    episode_steps: int
+    interval: int
+    check_steps: int
+    check_seeds: int
+    arms: int
+    probe: float
+    measuring: float  # steps, spent already
+
+    @property
+    def search(self) -> float:
+        """Cost of the search, in runs."""
+        return self.updates * self.group * (self.episode_steps + LOOKS * self.probe) / self.run_steps
+
+    @property
+    def check(self) -> float:
+        return self.check_seeds * self.arms * (self.check_steps + self.probe) / self.run_steps
+
+    @property
+    def runs(self) -> float:
+        return self.search + self.check + self.measuring / self.run_steps
+
+    def lines(self, price: Price) -> list[str]:
+        """For a person, before anything is spent."""
+        seconds = self.runs * self.run_steps * price.step_seconds
+        flops = f", {price.step_flops:.3g} FLOPs a step" if price.step_flops else ""
+        return [
+            f"plan: {self.updates} updates x {self.group} episodes of {self.episode_steps} of the run's "
+            f"{self.run_steps} steps, a decision every {self.interval} = {self.search:.3g} runs",
+            f"      then {self.arms} ways x {self.check_seeds} fresh seeds of {self.check_steps} steps beside the "
+            f"untouched base = {self.check:.3g} runs",
+            f"      {self.runs:.3g} of the budget of {self.budget:g} runs, about {seconds:.0f} s here{flops}",
+        ]
+
+
+def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fixed_length: bool, arms: int = 3) -> Plan:
+    """Spend `budget` runs. `fixed_length`: the task's episodes cannot be made shorter than the run.
+
+    Raises `JelError` if the budget does not pay for one group of episodes and the comparison with the base.
+    """
+    total = budget * run_steps - price.spent
+    shortest = max(config.shortest, math.ceil(config.shortest_share * run_steps), config.decisions)
+    shortest = run_steps if fixed_length else min(shortest, run_steps)
+    # the comparison: as long as its share of the budget pays for, up to the whole run
+    pairs = config.check_seeds * arms
+    check = math.floor(config.check_share * total / pairs - price.probe)
+    check = min(max(check, shortest), run_steps)
+    left = total - pairs * (check + price.probe)
+    # the search: as many updates as wanted; longer episodes if there is more, fewer updates if there is less
+    length = math.floor(left / (config.updates * config.group) - LOOKS * price.probe)
+    length = min(max(length, shortest), run_steps)
+    updates = math.floor(left / (config.group * (length + LOOKS * price.probe)))
+    if updates < 1:
+        needed = config.group * (shortest + LOOKS * price.probe) + pairs * (shortest + price.probe) + price.spent
+        raise JelError(
+            f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {config.group} episodes of "
+            f"{shortest} steps and their comparison with the base; give at least {math.ceil(1e3 * needed / run_steps) / 1e3:g}"
+        )
+    updates = min(updates, config.most_updates)
+    length = min(length, check)  # no use in searching over longer runs than those that decide
+    interval = -(-length // config.decisions)
+    return Plan(
+        run_steps,
+        budget,
+        config.group,
+        updates,
+        length,
+        interval,
+        check,
+        config.check_seeds,
+        arms,
+        price.probe,
+        price.spent,
+    )
