@@ -12,7 +12,13 @@ import tempfile
 
 import torch
 from torch import Tensor, nn
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 
 import jel
 from jel.integrations.huggingface import JelCallback
@@ -46,6 +52,10 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0)  # what the Trainer would take
 
 
+def default_schedule(optimizer: torch.optim.Optimizer, steps: int):  # and what it would do with it
+    return get_scheduler("linear", optimizer, 0, steps)
+
+
 def loss(model: nn.Module, batch: dict) -> Tensor:
     return model(**batch).loss
 
@@ -73,3 +83,9 @@ def run(make_optimizer, make_scheduler, seed: int, split: int = 2) -> float:
         trainer = Trainer(model, args, train_dataset=rows[0], optimizers=pair, callbacks=[JelCallback()])
         trainer.train()
         return trainer.evaluate(rows[split])["eval_loss"]
+
+
+if __name__ == "__main__":
+    learned = jel.fit(make_task(), budget=BUDGET, base="rough")
+    print(f"the Trainer as it is: test loss {run(make_optimizer, default_schedule, 0):.4f}")
+    print(f"with JEL: test loss {run(make_optimizer, lambda o, n: jel.Scheduler(o, n, learned.schedule), 0):.4f}")
