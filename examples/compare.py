@@ -144,7 +144,7 @@ METHODS: dict[str, Callable[..., SCORES]] = {
 
 
 def tables(results: dict, names: list[str]) -> str:
-    """Markdown: test losses and prices, then each difference of `jel` and `jel rough` to the others with its verdict."""
+    """Markdown: test losses and prices, then the differences of `jel` and `jel rough` to the others, with verdicts."""
     found = {m: {n: [r[1] for r in sorted(_of(results, n, m).items())] for n in names} for m in METHODS}
     found = {m: of for m, of in found.items() if any(of.values())}
     lines = [f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]

@@ -1,8 +1,8 @@
 """jel.fit on two small problems whose data come with scikit-learn, beside the untouched base and searches.
 
-pip install scikit-learn
-python -m examples.fit_small                     the table of docs/fit.md, some minutes on a core
-python -m examples.fit_small --budgets 4 --seeds 1 --problems digits
+    pip install scikit-learn
+    python -m examples.fit_small                     the table of docs/fit.md, some minutes on a core
+    python -m examples.fit_small --budgets 4 --seeds 1 --problems digits
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
-    print(
-        "| problem | base lr | budget, runs | method | test loss, mean ± std | minus the base, 95% interval | kept base |"
-    )
+    print("| problem | base lr | budget, runs | method | test loss, mean ± std | minus the base, 95% interval | kept base |")
     print("|---|---|---|---|---|---|---|")
     for problem, rate in itertools.product(args.problems, args.rates):
         for budget in args.budgets:
@@ -118,9 +116,7 @@ def table(problem: str, rate: str, budget: float, args: argparse.Namespace) -> N
         spread = "" if name == "base" else f"{statistics.mean(gaps):+.4f} ± {half_interval(gaps):.4f}"
         count = "" if name == "base" else f"{kept[name]} of {args.seeds}"
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(
-            f"| {problem} | {rate} | {budget:g} | {name} | {statistics.mean(values):.4f} ± {deviation:.4f} | {spread} | {count} |"
-        )
+        print(f"| {problem} | {rate} | {budget:g} | {name} | {statistics.mean(values):.4f} ± {deviation:.4f} | {spread} | {count} |")
     print(f"<!-- {time.time() - t0:.0f} s -->", flush=True)
 
 

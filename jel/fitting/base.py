@@ -66,9 +66,7 @@ def knobs_for(task: Task, base: Base, most_corrections: int) -> tuple[Knob, ...]
     if base.corrections is not None and len(task.groups) > 1:
         size = {fact[0]: fact[4] for fact in facts} if facts else dict.fromkeys(task.groups, 1)
         others = sorted(task.groups, key=lambda name: -size[name])[1:]
-        knobs += [
-            Knob(f"{name}.lr", "lr", (name,), bounds=around(base.corrections)) for name in others[:most_corrections]
-        ]
+        knobs += [Knob(f"{name}.lr", "lr", (name,), bounds=around(base.corrections)) for name in others[:most_corrections]]
     return tuple(knobs)
 
 
@@ -79,3 +77,5 @@ def describe_knobs(knobs: Sequence[Knob], task: Task) -> str:
     rest = len(task.groups) - 1 - own
     follow = f"; {rest} other group{'s' * (rest > 1)} follow the shared lr" if own and rest > 0 else ""
     return ", ".join(parts) + follow
+
+

@@ -110,9 +110,7 @@ def fit(
     stop, recipe = StopRequest(), config.recipe(plan, knobs)
     trainer: MetaTrainer | SearchTrainer
     if method == "jel":
-        trainer = recipe.trainer(
-            EndsOnly(episodes), seed, seed + 1, seed + 2, plan.group, stop_requested=stop.requested
-        )
+        trainer = recipe.trainer(EndsOnly(episodes), seed, seed + 1, seed + 2, plan.group, stop_requested=stop.requested)
     else:
         trainer = recipe.searcher(method, EndsOnly(episodes), seed, plan.group, stop_requested=stop.requested)
     if state is not None:

@@ -145,9 +145,7 @@ class Plan:
         ]
 
 
-def make_plan(
-    run_steps: int, budget: float, price: Price, config: FitConfig, fixed_length: bool, arms: int = 3
-) -> Plan:
+def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fixed_length: bool, arms: int = 3) -> Plan:
     """Spend `budget` runs. `fixed_length`: the task's episodes cannot be made shorter than the run.
 
     Raises `JelError` if the budget does not pay for one group of episodes and the comparison with the base.

@@ -23,7 +23,9 @@ class FitResult:
     def save(self, folder: str | Path) -> None:
         """Write schedule.json and card.json; raises `JelError` if that fails."""
         folder = Path(folder)
-        write_files({folder / "schedule.json": json_bytes(self.schedule), folder / "card.json": json_bytes(self.card)})
+        write_files(
+            {folder / "schedule.json": json_bytes(self.schedule), folder / "card.json": json_bytes(self.card)}
+        )
 
     def plot(self, path: str | Path) -> None:
         """A picture (the suffix says which kind) of the multipliers as learned and of the returns they came from."""
@@ -40,9 +42,7 @@ class FitResult:
         for group, of in rows[0]["multipliers"].items():
             for key in of:
                 values = [row["multipliers"][group][key] for row in rows]
-                left.step(
-                    progress, [*values, values[-1]], where="post", label=key if group == "*" else f"{group} {key}"
-                )
+                left.step(progress, [*values, values[-1]], where="post", label=key if group == "*" else f"{group} {key}")
         left.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
         left.set(yscale="log", xlabel="progress", ylabel="multiplier", title="learned" + self._note())
         left.legend(fontsize=8)

@@ -1,7 +1,7 @@
 """Anyone's PyTorch training loop as a task: what `jel.fit` learns a schedule on.
 
-task = LoopTask(make_model, make_optimizer, train_loader, loss, probe_batches, steps=2000)
-result = jel.fit(task, budget=2.0)
+    task = LoopTask(make_model, make_optimizer, train_loader, loss, probe_batches, steps=2000)
+    result = jel.fit(task, budget=2.0)
 """
 
 from __future__ import annotations

@@ -214,9 +214,7 @@ def why_not_batched(loop: Loop, facts: tuple[tuple, ...], episodes: int = 8) -> 
     for group in optimizer.param_groups:
         if group.get("amsgrad") or group.get("dampening"):
             return "amsgrad and dampening are left to the plain loop"
-        if len({(p.dtype, p.device) for p in group["params"]}) != 1 or not all(
-            p.requires_grad for p in group["params"]
-        ):
+        if len({(p.dtype, p.device) for p in group["params"]}) != 1 or not all(p.requires_grad for p in group["params"]):
             return "a param group mixes devices, types, or trained and frozen tensors"
     if any(h for key, h in vars(optimizer).items() if key.startswith("_optimizer_step_")):
         return "the optimizer has hooks"
@@ -259,6 +257,4 @@ def _trial(loop: Loop, facts: tuple[tuple, ...]) -> str | None:
             if not apart_by <= TOLERANCE * moved:
                 return "its batched program does not agree with the plain loop"
     a, b = (episodes.observe(["probe_loss"])["probe_loss"] for episodes in (plain, batched))
-    return (
-        None if torch.allclose(a, b, rtol=1e-3, atol=1e-4) else "its batched probe loss differs from the plain loop's"
-    )
+    return None if torch.allclose(a, b, rtol=1e-3, atol=1e-4) else "its batched probe loss differs from the plain loop's"
