@@ -1,5 +1,7 @@
 """JEL: learned control of hyperparameters while a model trains. The names below are the public ones."""
 
+from typing import TYPE_CHECKING, Any
+
 from jel import schedules
 from jel.contract import ANY, Contract, GroupContract
 from jel.controller import Controller, Decision, NullController, PolicyController, as_decision
@@ -12,7 +14,19 @@ from jel.registry import load_controller
 from jel.schedule import ScheduleController, export_schedule, load_schedule, make_schedule, save_schedule
 from jel.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from jel.fitting.fit import fit as fit
+else:
+
+    def fit(task: Any, **choices: Any) -> Any:
+        """Learn a schedule for a task from short episodes: see `jel.fitting.fit.fit`. Imports what learning takes."""
+        from jel.fitting.fit import fit as learn
+
+        return learn(task, **choices)
+
+
 __all__ = [
+    "fit",
     "schedules",
     "make_schedule",
     "Scheduler",

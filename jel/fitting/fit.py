@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from jel.contract import Contract
 from jel.errors import JelError
 from jel.files import json_bytes
 from jel.fitting.base import Base, as_base, describe_knobs, knobs_for
-from jel.fitting.compare import FRESH, accepted, damped, judge, run_side_by_side
+from jel.fitting.compare import FRESH, damped, judge, run_side_by_side
 from jel.fitting.plan import FitConfig, Plan, Price, make_plan, measure
 from jel.fitting.result import FitResult, progress_line
 from jel.fitting.sparse import EndsOnly
 from jel.fitting.state import StopRequest, load_state, save_state
+from jel.knobs import Knob
 from jel.learn.meta import MetaTrainer
 from jel.learn.rollout import Interrupted
 from jel.learn.search import SEARCHES, SearchTrainer
@@ -89,7 +91,7 @@ def fit(
         facts, state = saved
         if differing := [key for key in asked if facts["asked"].get(key) != asked[key]]:
             raise JelError(f"the fit in {where} was begun with another {', '.join(differing)}; resume with the same")
-        plan, price, records, losses = Plan(**facts["plan"]), Price(**facts["price"]), facts["records"], facts["losses"]
+        plan, price, records, losses = Plan.from_json(facts["plan"]), Price(**facts["price"]), facts["records"], facts["losses"]
         spent = facts["seconds"]
     else:
         price = measure(task, config)
@@ -102,7 +104,7 @@ def fit(
         say(f"episodes run {way}")
     for line in plan.lines(price):
         say(line)
-    episodes, whole = _of_length(task, plan.episode_steps), _of_length(task, plan.check_steps)
+    episodes, compared = _of_length(task, plan.episode_steps), [_of_length(task, n) for n in plan.check_lengths]
 
     # -------------------------------------------------------------------------
     # learn
@@ -142,13 +144,13 @@ def fit(
         ways = [damped(learned, power) for power in WAYS.values()]
         while not stop.requested() and len(losses) < plan.check_seeds:
             t0 = time.perf_counter()
-            found = run_side_by_side(whole, FRESH + len(losses), ways, stop.requested)
-            if found is None:
+            found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
+            if None in found:
                 break
             losses.append(found)
             spent += time.perf_counter() - t0
             keep()
-    for each in {id(t): t for t in (episodes, whole, task)}.values():
+    for each in {id(t): t for t in (episodes, *compared, task)}.values():
         each.close()
     if stop.requested():
         keep()
@@ -157,7 +159,7 @@ def fit(
     # -------------------------------------------------------------------------
     # hand out
 
-    result = _result(task, asked, plan, price, spent, records, learned, losses, say)
+    result = _result(task, asked, plan, price, spent, records, learned, losses, knobs, say)
     if where:
         result.save(where)
         say(f"schedule.json and card.json are in {where}")
@@ -185,6 +187,11 @@ def _plain(value: Any) -> Any:
     return json.loads(json_bytes(value))
 
 
+def task_contract(task: Any) -> Contract | None:
+    """What the schedule is for, where the task says: optimizer, base values and schedule, and the run's length."""
+    return getattr(task, "contract", None)
+
+
 def _of_length(task: Any, steps: int) -> Any:
     return task.with_steps(steps) if hasattr(task, "with_steps") and steps != task.num_steps(0) else task
 
@@ -209,19 +216,25 @@ def _result(
     records: list[dict],
     learned: list[dict],
     losses: list[list[float]],
+    knobs: Sequence[Knob],
     say: Callable[[str], None],
 ) -> FitResult:
-    names, verdict = list(WAYS), judge(losses)
-    kept = names[verdict.chosen] if accepted(verdict) else "base"
-    over = f"over {plan.check_steps} of {plan.run_steps} steps, {plan.check_seeds} fresh seeds"
+    names, verdict = list(WAYS), judge(losses, plan.check_lengths, plan.run_steps)
+    kept = names[verdict.chosen] if verdict.better else "base"
+    longest = plan.check_lengths[-1]
+    over = f"on {plan.check_seeds} fresh seeds over {'all' if longest == plan.run_steps else longest} of {plan.run_steps} steps"
+    number = lambda of: f"{of[0]:.3g}, at least {of[1]:.3g}"
     if kept != "base":
-        what = "what was learned" if kept == "learned" else "half of what was learned (on a log scale)"
-        word = f"{what} beats the untouched base by {verdict.better:.4g} of probe loss, at least {verdict.at_least:.4g} (95%), {over}"
-        rows = damped(learned, WAYS[kept])
-        contract = getattr(task, "contract", None)
-        schedule = make_schedule(rows, f"jel.fit, {asked['method']}, {kept}", contract)
+        what = {"learned": "what was learned", "damped": "half of what was learned (on a log scale)"}[kept]
+        word = f"{what} beats the untouched base {over}: log loss lower by {number(verdict.gain)}"
+        if longest < plan.run_steps:
+            word += f"; projected to the run's end {number(verdict.at_end)}"
+        schedule = make_schedule(damped(learned, WAYS[kept]), f"jel.fit, {asked['method']}, {kept}", task_contract(task), knobs)
     else:
-        word = f"what was learned does not beat the untouched base by more than the noise {over}: the schedule is constant(1.0)"
+        why = "by more than the noise"
+        if verdict.chosen and verdict.gain[1] > 0:
+            why = f"at its end, to which the gain ({number(verdict.gain)}) is projected as {number(verdict.at_end)}"
+        word = f"what was learned does not beat the untouched base {why}, {over}: the schedule is constant(1.0)"
         schedule = constant(1.0)
     say(word)
     card = {
@@ -242,12 +255,12 @@ def _result(
         "returns": [record["returns"] for record in records],
         "learned": learned,
         "comparison": {
-            "steps": plan.check_steps,
+            "lengths": plan.check_lengths,
             "seeds": plan.check_seeds,
-            "probe_loss": {name: [row[i] for row in losses] for i, name in enumerate(names)},
+            "probe_loss": {name: [[of[i] for of in seed] for seed in losses] for i, name in enumerate(names)},
             "best": names[verdict.chosen],
-            "better_by": verdict.better,
-            "at_least": verdict.at_least,
+            "gain": verdict.gain,
+            "projected": verdict.at_end,
         },
         "kept": kept,
         "verdict": word,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,8 +36,8 @@ class FitConfig:
     shortest_share: float = 0.02  # and at least this share of the run
     most_corrections: int = 3
     # the comparison with the base
-    check_share: float = 0.3  # of the budget
-    check_seeds: int = 4
+    check_share: float = 0.5  # of the budget
+    check_seeds: int = 3
     # the recipe
     initial_log_std: float = -0.5
     policy_travel: float = 0.12  # policy learning rate x updates
@@ -113,11 +115,15 @@ class Plan:
     updates: int
     episode_steps: int
     interval: int
-    check_steps: int
+    check_lengths: tuple[int, ...]  # steps: the run's, or two lengths of which the second is twice the first
     check_seeds: int
     arms: int
     probe: float
     measuring: float  # steps, spent already
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Plan:
+        return cls(**{**record, "check_lengths": tuple(record["check_lengths"])})
 
     @property
     def search(self) -> float:
@@ -126,7 +132,8 @@ class Plan:
 
     @property
     def check(self) -> float:
-        return self.check_seeds * self.arms * (self.check_steps + self.probe) / self.run_steps
+        each = sum(length + self.probe for length in self.check_lengths)
+        return self.check_seeds * self.arms * each / self.run_steps
 
     @property
     def runs(self) -> float:
@@ -139,8 +146,8 @@ class Plan:
         return [
             f"plan: {self.updates} updates x {self.group} episodes of {self.episode_steps} of the run's "
             f"{self.run_steps} steps, a decision every {self.interval} = {self.search:.3g} runs",
-            f"      then {self.arms} ways x {self.check_seeds} fresh seeds of {self.check_steps} steps beside the "
-            f"untouched base = {self.check:.3g} runs",
+            f"      then {self.arms} ways (the untouched base is one) x {self.check_seeds} fresh seeds of "
+            f"{' and '.join(map(str, self.check_lengths))} steps = {self.check:.3g} runs",
             f"      {self.runs:.3g} of the budget of {self.budget:g} runs, about {seconds:.0f} s here{flops}",
         ]
 
@@ -153,23 +160,27 @@ def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fi
     total = budget * run_steps - price.spent
     shortest = max(config.shortest, math.ceil(config.shortest_share * run_steps), config.decisions)
     shortest = run_steps if fixed_length else min(shortest, run_steps)
-    # the comparison: as long as its share of the budget pays for, up to the whole run
+    # the comparison: whole runs if its share of the budget pays for them, else two lengths, to see where it tends
     pairs = config.check_seeds * arms
-    check = math.floor(config.check_share * total / pairs - price.probe)
-    check = min(max(check, shortest), run_steps)
-    left = total - pairs * (check + price.probe)
+    if fixed_length or pairs * (run_steps + price.probe) <= config.check_share * total:
+        lengths: tuple[int, ...] = (run_steps,)
+    else:
+        longest = math.floor((config.check_share * total / pairs - 2 * price.probe) / 1.5)
+        longest = min(max(longest, shortest), run_steps)
+        lengths = (longest // 2, longest)
+    left = total - pairs * sum(length + price.probe for length in lengths)
     # the search: as many updates as wanted; longer episodes if there is more, fewer updates if there is less
     length = math.floor(left / (config.updates * config.group) - LOOKS * price.probe)
-    length = min(max(length, shortest), run_steps)
+    length = min(max(length, shortest), lengths[-1])  # no use in searching over longer runs than those that decide
     updates = math.floor(left / (config.group * (length + LOOKS * price.probe)))
     if updates < 1:
-        needed = config.group * (shortest + LOOKS * price.probe) + pairs * (shortest + price.probe) + price.spent
+        needed = config.group * (shortest + LOOKS * price.probe) + price.spent
+        needed += pairs * (run_steps + price.probe if fixed_length else 1.5 * shortest + 2 * price.probe)
         raise JelError(
             f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {config.group} episodes of "
-            f"{shortest} steps and their comparison with the base; give at least {math.ceil(1e3 * needed / run_steps) / 1e3:g}"
+            f"{shortest} steps and the comparison with the base; give at least {math.ceil(1e3 * needed / run_steps) / 1e3:g}"
         )
     updates = min(updates, config.most_updates)
-    length = min(length, check)  # no use in searching over longer runs than those that decide
     interval = -(-length // config.decisions)
     return Plan(
         run_steps,
@@ -178,7 +189,7 @@ def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fi
         updates,
         length,
         interval,
-        check,
+        lengths,
         config.check_seeds,
         arms,
         price.probe,

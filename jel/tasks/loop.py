@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from jel.contract import Contract
 from jel.errors import JelError
 from jel.knobs import Multipliers
 from jel.tasks.base import Task
@@ -105,6 +106,7 @@ class LoopTask:
         self.name, self.steps, self.asked, self.workers = name, steps, episodes, workers
         with own_randomness():
             optimizer = self.loop.optimizer(self.loop.model(0))
+            self.contract = self._contract(optimizer)
         self.facts, self.optimizer_kind = group_facts(optimizer), type(optimizer).__name__
         self.groups = tuple(fact[0] for fact in self.facts)
         self._way: Way | None = None
@@ -179,6 +181,15 @@ class LoopTask:
         return self._running
 
     # -------------------------------------------------------------------------
+
+    def _contract(self, optimizer: torch.optim.Optimizer) -> Contract:
+        """What a schedule learned here is for. The base schedule goes by its class, as in `jel.Scheduler`."""
+        if self.loop.make_scheduler is None:
+            return Contract.of(optimizer, self.steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler = self.loop.make_scheduler(optimizer, self.steps)
+        return Contract.of(optimizer, self.steps, type(scheduler).__name__)
 
     def _check_start(self) -> None:
         """One step of the plain loop, and the probe before it."""
