@@ -32,7 +32,7 @@ class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.place = nn.Embedding(128, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        block = nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
+        block = nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, 0.0, batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 128))
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
@@ -42,10 +42,9 @@ class Transformer(nn.Module):
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "name": "matrices", "weight_decay": 0.1}, {"params": others, "name": "others"}]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == m] for m in (True, False))
+    groups = [{"params": matrices, "name": "matrices"}, {"params": others, "name": "others", "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups)
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +198,8 @@ def main() -> None:
         print(tables(results, args.examples))
         return
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
     for seed in args.seeds:
         for name in args.examples:
             example = importlib.import_module(f"examples.{name}")

@@ -5,9 +5,6 @@ python -m examples.lightning_module     needs lightning and scikit-learn
 
 from __future__ import annotations
 
-import logging
-import warnings
-
 import lightning
 import torch
 import torch.nn.functional as F
@@ -67,16 +64,9 @@ def make_task(seed: int = 0) -> LoopTask:
 
 def run(make_optimizer, make_scheduler, seed: int, split: int = 2) -> float:
     """Train from scratch; the loss on the test data (split 2) or on the probe data (split 1)."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     torch.manual_seed(seed)
     sets, module = data(seed), Regression(make_optimizer, make_scheduler)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"), False)
     trainer = lightning.Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[JelCallback()], **quiet)
     trainer.fit(module, DataLoader(sets[0], BATCH, shuffle=True))
     return trainer.test(module, DataLoader(sets[split], 64), verbose=False)[0]["loss"]

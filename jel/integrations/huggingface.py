@@ -52,11 +52,18 @@ class JelCallback(TrainerCallback):
     def __init__(self, tracker: Tracker | None = None):
         self.tracker = tracker
         self.scheduler: jel.Scheduler | None = None
+        self.multipliers: dict[str, dict[str, float]] = {}  # of the present step, as the trainer's learning_rate is
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
     ) -> None:
         self.scheduler = scheduler_in(lr_scheduler)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.scheduler is not None:
+            self.multipliers = self.scheduler.multipliers
 
     def on_log(
         self,
@@ -68,12 +75,10 @@ class JelCallback(TrainerCallback):
     ) -> None:
         if self.scheduler is None or logs is None:
             return
-        multipliers = self.scheduler.multipliers
+        values = {key.replace("eval_", "val_"): value for key, value in logs.items()}
         if "loss" in logs:
             self.scheduler.observe(loss=float(logs["loss"]))
-        known = {key.replace("eval_", "val_"): value for key, value in logs.items()}
-        logs.update(multiplier_values(multipliers))
-        if state.log_history:  # already kept by the trainer, under the same step
-            state.log_history[-1].update(multiplier_values(multipliers))
+            logs.update(multiplier_values(self.multipliers))
+            state.log_history[-1].update(multiplier_values(self.multipliers))  # kept before this callback was called
         if self.tracker is not None and state.is_world_process_zero:
-            self.tracker.log(state.global_step, multipliers=multipliers, **known)
+            self.tracker.log(state.global_step, multipliers=self.multipliers, **values)
