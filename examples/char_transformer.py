@@ -35,10 +35,10 @@ class Transformer(nn.Module):
         block = nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, 0.0, batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 128))
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.head(self.blocks(self.embed(codes) + self.place.weight, self.mask, is_causal=True))
+        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
+        return self.head(self.blocks(self.embed(codes) + self.place.weight, mask, is_causal=True))
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
