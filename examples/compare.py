@@ -114,7 +114,7 @@ def learned(example, seed: int, base: str, method: str = "jel") -> SCORES:
     result = jel.fit(task, budget=example.BUDGET, base=base, method=method, seed=seed, say=lambda line: None)
     loss = example.run(example.make_optimizer, lambda o, steps: jel.Scheduler(o, steps, result.schedule), seed)
     card = result.card
-    chosen = {"kept": card["kept"], "better_by": card["comparison"]["better_by"], "learned": card["learned"]}
+    chosen = {"kept": card["kept"], "verdict": card["verdict"], "learned": card["learned"]}
     return loss, card["price"]["run_equivalents"], {**chosen, "schedule": result.schedule["decisions"]}
 
 
