@@ -23,7 +23,7 @@ def data(seed: int) -> tuple[list, list, list]:
     """Batches of windows of characters: to train on, to choose by, and to test with."""
     text = "".join(map(inspect.getsource, (argparse, tarfile, inspect)))
     codes = torch.tensor([min(ord(c), 127) for c in text])
-    windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+    windows = codes.unfold(0, CONTEXT + 1, CONTEXT + 1)  # side by side
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     return windows[:-512].split(BATCH)[:-1], windows[-512:-256].split(64), windows[-256:].split(64)
 
@@ -37,8 +37,8 @@ class Transformer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 128))
 
     def forward(self, codes: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
-        return self.head(self.blocks(self.embed(codes) + self.place.weight, mask, is_causal=True))
+        x = self.embed(codes) + self.place.weight
+        return self.head(self.blocks(x, nn.Transformer.generate_square_subsequent_mask(CONTEXT), is_causal=True))
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -59,8 +59,7 @@ def make_task(seed: int = 0) -> LoopTask:
 def run(make_optimizer, make_scheduler, seed: int, split: int = 2) -> float:
     """Train from scratch; the loss on the test data (split 2) or on the probe data (split 1)."""
     torch.manual_seed(seed)
-    train, held_out = data(seed)[0], data(seed)[split]
-    model = Transformer()
+    (train, held_out), model = (data(seed)[i] for i in (0, split)), Transformer()
     optimizer = make_optimizer(model)
     scheduler = make_scheduler(optimizer, STEPS)
     model.train()

@@ -20,16 +20,14 @@ def study(**options):
 
 
 def test_a_suggested_schedule_is_a_schedule():
-    trial = optuna.trial.FixedTrial({f"{k}@{i}": 1.0 + i for i in range(3) for k in ("lr", "weight_decay", "head")})
-    trial.set_user_attr = lambda key, value: None
-    with pytest.raises(ValueError):
-        suggest_schedule(trial, 3, CORRECTED)  # head@2 = 3.0 is outside its bounds
-    trial = optuna.trial.FixedTrial({f"{k}@{i}": 1.0 + i / 2 for i in range(3) for k in ("lr", "weight_decay", "head")})
-    trial.set_user_attr = lambda key, value: None
-    schedule = suggest_schedule(trial, 3, CORRECTED)
+    searched = study()
+    values = {f"{k}@{i}": 1.0 + i / 2 for i in range(3) for k in ("lr", "weight_decay", "head")}
+    searched.enqueue_trial(values)
+    schedule = suggest_schedule(searched.ask(), 3, CORRECTED)
     assert [row["progress"] for row in schedule["decisions"]] == [0.0, 1 / 3, 2 / 3]
     assert schedule["decisions"][2]["multipliers"] == {"*": {"lr": 2.0, "weight_decay": 2.0}, "x": {"lr": 4.0}}
     assert jel.ScheduleController(schedule).decide({"progress": 0.99})["x"] == {"lr": 4.0}
+    assert schedule_of(searched.trials[0]) == schedule
 
 
 def test_a_study_finds_what_lowers_the_probe_loss():
