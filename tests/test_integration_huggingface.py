@@ -139,6 +139,19 @@ def test_a_controller_that_watches_is_told_the_loss(tmp_path):
     assert [r["train/loss"] for r in records if "train/loss" in r] == logged(trainer, "loss")
 
 
+def test_a_schedule_refuses_a_base_that_it_was_not_learned_under(tmp_path):
+    optimizer = torch.optim.AdamW(Net().parameters(), lr=1e-2, weight_decay=0.0)
+    contract = jel.Contract.of(optimizer, STEPS)
+    learned = jel.make_schedule([{"progress": 0.0, "multipliers": {"*": {"lr": 2.0}}}], "a test", contract)
+    decaying, flat = (make_trainer(tmp_path, lr_scheduler_type=kind) for kind in ("linear", "constant"))
+    for trainer in (decaying, flat):
+        control(trainer, learned)
+    with pytest.raises(jel.JelError, match="learned over the base schedule constant"):
+        decaying.train()
+    flat.train()
+    assert logged(flat, "learning_rate") == pytest.approx([2e-2] * STEPS)
+
+
 def test_bad_input_is_one_line(tmp_path):
     trainer = make_trainer(tmp_path)
     control(trainer, {"format": "something else"})

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import jel
+from jel.contract import CONSTANT
 from jel.integrations.common import multiplier_values, scheduler_in
 from jel.tracking import Tracker
 
@@ -26,6 +27,8 @@ def control(trainer: Trainer, schedule_or_controller: Any, **options: Any) -> Je
     Returns the callback that it adds. The scheduler is made, and bad input refused, when training starts.
     """
     make = trainer.create_scheduler
+    if trainer.args.lr_scheduler_type == "constant":
+        options.setdefault("base_schedule", CONSTANT)  # by the name that a schedule's contract has for it
 
     def create_scheduler(num_training_steps: int, optimizer: Any = None) -> jel.Scheduler:
         inner = make(num_training_steps, optimizer)
