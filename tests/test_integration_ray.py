@@ -58,7 +58,7 @@ def test_fit_learns_on_it():
 
 def test_a_schedule_is_a_trial_of_tune(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
-    config = ray.tune.TuneConfig(num_samples=3, max_concurrent_trials=2)
+    config = ray.tune.TuneConfig(num_samples=2)
     run = ray.tune.RunConfig(storage_path=str(tmp_path), verbose=0)
     tuner = ray.tune.Tuner(
         trainable(QuadraticTask(), points=2), param_space=search_space(2), tune_config=config, run_config=run

@@ -47,14 +47,13 @@ class RayTask(ParallelTask):
         return self._started
 
     def __getattr__(self, name: str) -> Any:
-        """What `jel.fit` asks of a LoopTask beyond the protocol: `facts`, `contract`, `name`, ..."""
+        """What `jel.fit` asks of a LoopTask beyond the protocol: `facts`, `contract`, `with_steps`, ..."""
         if name.startswith("_") or name == "task":
             raise AttributeError(name)
-        return getattr(self.task, name)
-
-    def with_steps(self, steps: int) -> RayTask:
-        """The same with episodes of another length, for tasks that can."""
-        return RayTask(self.task.with_steps(steps), self.workers, self.resources)  # type: ignore[attr-defined]
+        found = getattr(self.task, name)
+        if name == "with_steps":
+            return lambda *given: RayTask(found(*given), self.workers, self.resources)
+        return found
 
     def close(self) -> None:
         if self._started is not None:
