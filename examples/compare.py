@@ -176,12 +176,17 @@ def _score(rows: list[dict]) -> str:
 
 
 def _difference(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
-    """The paired difference, its 95% interval by Student's t, and the verdict; below 0 ours is better."""
+    """The paired difference, its 95% interval by Student's t, and the verdict; below 0 ours is better.
+
+    "not shown": the interval holds 0.
+    """
     pairs = [ours[s]["test_loss"] - theirs[s]["test_loss"] for s in sorted(ours.keys() & theirs.keys())]
     if len(pairs) < 2:
         return ""
+    if not any(pairs):
+        return "the same"
     mean, half = statistics.mean(pairs), T975[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    verdict = "better" if mean + half < 0 else "**worse**" if mean - half > 0 else "no difference shown"
+    verdict = "better" if mean + half < 0 else "**worse**" if mean - half > 0 else "not shown"
     return f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f}) {verdict}"
 
 
