@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
 from jel.errors import JelError
@@ -32,7 +31,7 @@ class Base:
             value = getattr(self, field.name)
             if value is None and field.name == "corrections":
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not 1 < value <= LARGEST_RANGE:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value <= LARGEST_RANGE:
                 raise JelError(f"base: the range of {field.name} is {value!r}; it must be above 1, at most 1e6")
 
 
@@ -66,7 +65,9 @@ def knobs_for(task: Task, base: Base, most_corrections: int) -> tuple[Knob, ...]
     if base.corrections is not None and len(task.groups) > 1:
         size = {fact[0]: fact[4] for fact in facts} if facts else dict.fromkeys(task.groups, 1)
         others = sorted(task.groups, key=lambda name: -size[name])[1:]
-        knobs += [Knob(f"{name}.lr", "lr", (name,), bounds=around(base.corrections)) for name in others[:most_corrections]]
+        knobs += [
+            Knob(f"{name}.lr", "lr", (name,), bounds=around(base.corrections)) for name in others[:most_corrections]
+        ]
     return tuple(knobs)
 
 
@@ -77,5 +78,3 @@ def describe_knobs(knobs: Sequence[Knob], task: Task) -> str:
     rest = len(task.groups) - 1 - own
     follow = f"; {rest} other group{'s' * (rest > 1)} follow the shared lr" if own and rest > 0 else ""
     return ", ".join(parts) + follow
-
-

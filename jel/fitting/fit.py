@@ -7,21 +7,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from jel.contract import Contract
 from jel.errors import JelError
 from jel.files import json_bytes
 from jel.fitting.base import Base, as_base, describe_knobs, knobs_for
 from jel.fitting.compare import FRESH, damped, judge, run_side_by_side
-from jel.fitting.plan import FitConfig, Plan, Price, make_plan, measure
-from jel.fitting.result import FitResult, progress_line
+from jel.fitting.plan import WAYS, FitConfig, Plan, Price, make_plan, measure
+from jel.fitting.result import FitResult, in_words, progress_line
 from jel.fitting.sparse import EndsOnly
 from jel.fitting.state import StopRequest, load_state, save_state
 from jel.knobs import Knob
@@ -34,7 +34,6 @@ from jel.schedules import constant
 from jel.tasks.base import Task
 
 METHODS = ("jel", *sorted(SEARCHES))
-WAYS = {"base": 0.0, "damped": 0.5, "learned": 1.0}  # compared at the end: the learned multipliers to this power
 
 
 def fit(
@@ -91,12 +90,17 @@ def fit(
         facts, state = saved
         if differing := [key for key in asked if facts["asked"].get(key) != asked[key]]:
             raise JelError(f"the fit in {where} was begun with another {', '.join(differing)}; resume with the same")
-        plan, price, records, losses = Plan.from_json(facts["plan"]), Price(**facts["price"]), facts["records"], facts["losses"]
+        plan, price, records, losses = (
+            Plan.from_json(facts["plan"]),
+            Price(**facts["price"]),
+            facts["records"],
+            facts["losses"],
+        )
         spent = facts["seconds"]
     else:
-        price = measure(task, config)
+        price = measure(task, knobs, config)
         resizable = hasattr(task, "with_steps")
-        plan = make_plan(task.num_steps(0), budget, price, config, not resizable, len(WAYS))
+        plan = make_plan(task.num_steps(0), budget, price, config, not resizable)
         state, records, losses, spent = None, [], [], 0.0
     way = getattr(task, "way", None)
     say(f"fit {asked['task']}: {method}, turning {describe_knobs(knobs, task)}")
@@ -112,7 +116,9 @@ def fit(
     stop, recipe = StopRequest(), config.recipe(plan, knobs)
     trainer: MetaTrainer | SearchTrainer
     if method == "jel":
-        trainer = recipe.trainer(EndsOnly(episodes), seed, seed + 1, seed + 2, plan.group, stop_requested=stop.requested)
+        trainer = recipe.trainer(
+            EndsOnly(episodes), seed, seed + 1, seed + 2, plan.group, stop_requested=stop.requested
+        )
     else:
         trainer = recipe.searcher(method, EndsOnly(episodes), seed, plan.group, stop_requested=stop.requested)
     if state is not None:
@@ -124,34 +130,38 @@ def fit(
             facts = {"asked": asked, "plan": asdict(plan), "price": asdict(price), "records": records}
             save_state(where, {**facts, "losses": losses, "seconds": spent}, {"trainer": trainer.state_dict()})
 
-    with stop.listening():
-        try:
-            while trainer.updates < plan.updates:
-                record = trainer.update()
-                spent += record["seconds"]
-                records.append({key: record[key] for key in ("returns", "probe_first", "probe_last", "episodes_alive")})
-                pace = spent / len(records)
-                say(progress_line(record, trainer.updates, plan.updates, pace * (plan.updates - trainer.updates)))
+    try:
+        with stop.listening():
+            try:
+                while trainer.updates < plan.updates:
+                    record = trainer.update()
+                    spent += record["seconds"]
+                    records.append(
+                        {key: record[key] for key in ("returns", "probe_first", "probe_last", "episodes_alive")}
+                    )
+                    pace = spent / len(records)
+                    say(progress_line(record, trainer.updates, plan.updates, pace * (plan.updates - trainer.updates)))
+                    keep()
+            except Interrupted:
+                pass
+
+            # ---------------------------------------------------------------------
+            # compare
+
+            points = [k / config.decisions for k in range(config.decisions)]
+            learned = multiplier_table(trainer.policy, points)
+            ways = [damped(learned, WAYS[name]) for name in plan.ways]
+            while not stop.requested() and len(losses) < plan.check_seeds:
+                t0 = time.perf_counter()
+                found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
+                if None in found:
+                    break
+                losses.append(found)
+                spent += time.perf_counter() - t0
                 keep()
-        except Interrupted:
-            pass
-
-        # ---------------------------------------------------------------------
-        # compare
-
-        points = [k / config.decisions for k in range(config.decisions)]
-        learned = multiplier_table(trainer.policy, points)
-        ways = [damped(learned, power) for power in WAYS.values()]
-        while not stop.requested() and len(losses) < plan.check_seeds:
-            t0 = time.perf_counter()
-            found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
-            if None in found:
-                break
-            losses.append(found)
-            spent += time.perf_counter() - t0
-            keep()
-    for each in {id(t): t for t in (episodes, *compared, task)}.values():
-        each.close()
+    finally:
+        for each in {id(t): t for t in (episodes, *compared, task)}.values():
+            each.close()
     if stop.requested():
         keep()
         _stopped(stop, trainer.updates, plan, where, say)
@@ -159,7 +169,8 @@ def fit(
     # -------------------------------------------------------------------------
     # hand out
 
-    result = _result(task, asked, plan, price, spent, records, learned, losses, knobs, say)
+    result = _result(task, asked, plan, price, spent, records, learned, losses, knobs)
+    say(result.card["verdict"])
     if where:
         result.save(where)
         say(f"schedule.json and card.json are in {where}")
@@ -172,7 +183,7 @@ def fit(
 def _check(task: Any, budget: Any, method: Any) -> None:
     if method not in METHODS:
         raise JelError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    if isinstance(budget, bool) or not isinstance(budget, Real) or not (0 < budget < math.inf):
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not (0 < budget < math.inf):
         raise JelError(f"budget is {budget!r}; it is the price in runs of the task, a number above 0")
     if missing := [name for name in ("groups", "num_steps", "reset", "train", "observe") if not hasattr(task, name)]:
         raise JelError(
@@ -181,15 +192,8 @@ def _check(task: Any, budget: Any, method: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
-    import json
-
-    return json.loads(json_bytes(value))
-
-
-def task_contract(task: Any) -> Contract | None:
-    """What the schedule is for, where the task says: optimizer, base values and schedule, and the run's length."""
-    return getattr(task, "contract", None)
+    """As it comes back from JSON, where what is not finite is null."""
+    return json.loads(json_bytes(value), parse_constant=lambda name: None)
 
 
 def _of_length(task: Any, steps: int) -> Any:
@@ -198,8 +202,6 @@ def _of_length(task: Any, steps: int) -> Any:
 
 def _stopped(stop: StopRequest, done: int, plan: Plan, where: Path | None, say: Callable[[str], None]) -> None:
     """End as the signal asks: Ctrl-C as KeyboardInterrupt, SIGTERM with status 75 (try again)."""
-    import signal
-
     then = f"go on with folder={str(where)!r}, resume=True" if where else "nothing was kept (no folder was given)"
     say(f"stopped after update {done} of {plan.updates}; {then}")
     if stop.signal == signal.SIGINT:
@@ -215,28 +217,16 @@ def _result(
     seconds: float,
     records: list[dict],
     learned: list[dict],
-    losses: list[list[float]],
+    losses: list[list[list[float]]],
     knobs: Sequence[Knob],
-    say: Callable[[str], None],
 ) -> FitResult:
-    names, verdict = list(WAYS), judge(losses, plan.check_lengths, plan.run_steps)
-    kept = names[verdict.chosen] if verdict.better else "base"
-    longest = plan.check_lengths[-1]
-    over = f"on {plan.check_seeds} fresh seeds over {'all' if longest == plan.run_steps else longest} of {plan.run_steps} steps"
-    number = lambda of: f"{of[0]:.3g}, at least {of[1]:.3g}"
-    if kept != "base":
-        what = {"learned": "what was learned", "damped": "half of what was learned (on a log scale)"}[kept]
-        word = f"{what} beats the untouched base {over}: log loss lower by {number(verdict.gain)}"
-        if longest < plan.run_steps:
-            word += f"; projected to the run's end {number(verdict.at_end)}"
-        schedule = make_schedule(damped(learned, WAYS[kept]), f"jel.fit, {asked['method']}, {kept}", task_contract(task), knobs)
-    else:
-        why = "by more than the noise"
-        if verdict.chosen and verdict.gain[1] > 0:
-            why = f"at its end, to which the gain ({number(verdict.gain)}) is projected as {number(verdict.at_end)}"
-        word = f"what was learned does not beat the untouched base {why}, {over}: the schedule is constant(1.0)"
+    verdict = judge(losses, plan.check_lengths, plan.run_steps)
+    kept = plan.ways[verdict.chosen] if verdict.better else "base"
+    if kept == "base":
         schedule = constant(1.0)
-    say(word)
+    else:
+        rows, source = damped(learned, WAYS[kept]), f"jel.fit, {asked['method']}, {kept}"
+        schedule = make_schedule(rows, source, getattr(task, "contract", None), knobs)
     card = {
         "format": "jel-fit-card",
         "version": 1,
@@ -257,12 +247,12 @@ def _result(
         "comparison": {
             "lengths": plan.check_lengths,
             "seeds": plan.check_seeds,
-            "probe_loss": {name: [[of[i] for of in seed] for seed in losses] for i, name in enumerate(names)},
-            "best": names[verdict.chosen],
+            "probe_loss": {way: [[of[i] for of in seed] for seed in losses] for i, way in enumerate(plan.ways)},
+            "best": plan.ways[verdict.chosen],
             "gain": verdict.gain,
             "projected": verdict.at_end,
         },
         "kept": kept,
-        "verdict": word,
+        "verdict": in_words(verdict, kept, plan),
     }
     return FitResult(schedule, _plain(card))

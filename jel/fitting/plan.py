@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from jel.errors import JelError
-from jel.knobs import Knob
+from jel.knobs import Knob, multipliers_from_values
 from jel.learn.exploration import Exploration
 from jel.recipes.jel import JelRecipe
 from jel.tasks.base import Task
@@ -38,10 +38,12 @@ class FitConfig:
     # the comparison with the base
     check_share: float = 0.5  # of the budget
     check_seeds: int = 3
+    all_ways_from: float = 1 / 8  # of the run: if shorter, only the damped multipliers are compared with the base
+    shortest_check: float = 1 / 16  # of the run: what is shorter says nothing of its end
     # the recipe
     initial_log_std: float = -0.5
     policy_travel: float = 0.12  # policy learning rate x updates
-    largest_policy_lr: float = 2e-2
+    largest_policy_lr: float = 1.2e-2
     correlation: float = 0.9
 
     def recipe(self, plan: Plan, knobs: tuple[Knob, ...]) -> FitRecipe:
@@ -74,7 +76,7 @@ class FitRecipe(JelRecipe):
 
 @dataclass(frozen=True)
 class Price:
-    """Of a probe episode. `probe`: a look at the probe batches, in training steps, by FLOPs where they can be counted."""
+    """Of a probe episode. `probe`: a look at the probe batches, in training steps (by FLOPs where they are counted)."""
 
     probe: float
     step_flops: float | None
@@ -82,13 +84,15 @@ class Price:
     spent: float  # what measuring took, in steps
 
 
-def measure(task: Task, config: FitConfig, steps: int = 4) -> Price:
+def measure(task: Task, knobs: Sequence[Knob], config: FitConfig, steps: int = 4) -> Price:
     """Run the first steps of a group that is used for nothing else, and count and time them."""
     steps = min(steps, task.num_steps(0))
-    group, ones = -1, {"*": {"lr": torch.ones(config.group)}}
+    group, ones = -1, multipliers_from_values(knobs, [torch.ones(config.group)] * len(knobs))
     task.reset(group, range(config.group))
+    start = task.observe(["probe_loss"])["probe_loss"]
+    if not start.isfinite().all():
+        raise JelError(f"the probe loss is {float(start[0])} before anything is learned: no schedule can mend that")
     task.train(0, 1, ones)  # whatever is slow once
-    task.observe(["probe_loss"])
     t0 = time.perf_counter()
     task.train(1, steps - 1, ones)
     t1 = time.perf_counter()
@@ -107,7 +111,7 @@ def measure(task: Task, config: FitConfig, steps: int = 4) -> Price:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run. `check_*`: the comparison with the base, `arms` runs side by side for each seed."""
+    """What will be run. `check_*`: the comparison of the `ways` with each other, side by side for each seed."""
 
     run_steps: int
     budget: float
@@ -117,13 +121,13 @@ class Plan:
     interval: int
     check_lengths: tuple[int, ...]  # steps: the run's, or two lengths of which the second is twice the first
     check_seeds: int
-    arms: int
+    ways: tuple[str, ...]  # what is compared
     probe: float
     measuring: float  # steps, spent already
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
-        return cls(**{**record, "check_lengths": tuple(record["check_lengths"])})
+        return cls(**{**record, **{key: tuple(record[key]) for key in ("check_lengths", "ways")}})
 
     @property
     def search(self) -> float:
@@ -133,7 +137,7 @@ class Plan:
     @property
     def check(self) -> float:
         each = sum(length + self.probe for length in self.check_lengths)
-        return self.check_seeds * self.arms * each / self.run_steps
+        return self.check_seeds * len(self.ways) * each / self.run_steps
 
     @property
     def runs(self) -> float:
@@ -146,13 +150,16 @@ class Plan:
         return [
             f"plan: {self.updates} updates x {self.group} episodes of {self.episode_steps} of the run's "
             f"{self.run_steps} steps, a decision every {self.interval} = {self.search:.3g} runs",
-            f"      then {self.arms} ways (the untouched base is one) x {self.check_seeds} fresh seeds of "
+            f"      then {', '.join(self.ways)} side by side, {self.check_seeds} fresh seeds of "
             f"{' and '.join(map(str, self.check_lengths))} steps = {self.check:.3g} runs",
             f"      {self.runs:.3g} of the budget of {self.budget:g} runs, about {seconds:.0f} s here{flops}",
         ]
 
 
-def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fixed_length: bool, arms: int = 3) -> Plan:
+WAYS = {"base": 0.0, "damped": 0.5, "learned": 1.0}  # what can be handed out: the learned multipliers to this power
+
+
+def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fixed_length: bool) -> Plan:
     """Spend `budget` runs. `fixed_length`: the task's episodes cannot be made shorter than the run.
 
     Raises `JelError` if the budget does not pay for one group of episodes and the comparison with the base.
@@ -160,38 +167,45 @@ def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fi
     total = budget * run_steps - price.spent
     shortest = max(config.shortest, math.ceil(config.shortest_share * run_steps), config.decisions)
     shortest = run_steps if fixed_length else min(shortest, run_steps)
-    # the comparison: whole runs if its share of the budget pays for them, else two lengths, to see where it tends
-    pairs = config.check_seeds * arms
-    if fixed_length or pairs * (run_steps + price.probe) <= config.check_share * total:
-        lengths: tuple[int, ...] = (run_steps,)
-    else:
-        longest = math.floor((config.check_share * total / pairs - 2 * price.probe) / 1.5)
-        longest = min(max(longest, shortest), run_steps)
-        lengths = (longest // 2, longest)
-    left = total - pairs * sum(length + price.probe for length in lengths)
+    ways = tuple(WAYS)
+    lengths = _check_lengths(run_steps, total, len(ways), price, config, fixed_length)
+    if lengths[-1] < config.all_ways_from * run_steps:
+        ways = ("base", "damped")
+        lengths = _check_lengths(run_steps, total, len(ways), price, config, fixed_length)
+    check = config.check_seeds * len(ways) * sum(length + price.probe for length in lengths)
     # the search: as many updates as wanted; longer episodes if there is more, fewer updates if there is less
+    left = total - check
     length = math.floor(left / (config.updates * config.group) - LOOKS * price.probe)
-    length = min(max(length, shortest), lengths[-1])  # no use in searching over longer runs than those that decide
+    length = min(max(length, min(shortest, lengths[-1])), lengths[-1])  # not longer than the runs that decide
     updates = math.floor(left / (config.group * (length + LOOKS * price.probe)))
     if updates < 1:
-        needed = config.group * (shortest + LOOKS * price.probe) + price.spent
-        needed += pairs * (run_steps + price.probe if fixed_length else 1.5 * shortest + 2 * price.probe)
+        least = (config.group * (shortest + LOOKS * price.probe) + price.spent + check) / run_steps
         raise JelError(
-            f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {config.group} episodes of "
-            f"{shortest} steps and the comparison with the base; give at least {math.ceil(1e3 * needed / run_steps) / 1e3:g}"
+            f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {config.group} episodes "
+            f"of {shortest} steps and the comparison with the base; give at least {math.ceil(100 * least) / 100:g}"
         )
-    updates = min(updates, config.most_updates)
-    interval = -(-length // config.decisions)
     return Plan(
-        run_steps,
-        budget,
-        config.group,
-        updates,
-        length,
-        interval,
-        lengths,
-        config.check_seeds,
-        arms,
-        price.probe,
-        price.spent,
+        run_steps=run_steps,
+        budget=budget,
+        group=config.group,
+        updates=min(updates, config.most_updates),
+        episode_steps=length,
+        interval=-(-length // config.decisions),
+        check_lengths=lengths,
+        check_seeds=config.check_seeds,
+        ways=ways,
+        probe=price.probe,
+        measuring=price.spent,
     )
+
+
+def _check_lengths(
+    run_steps: int, total: float, ways: int, price: Price, config: FitConfig, fixed_length: bool
+) -> tuple[int, ...]:
+    """Whole runs if their share of the budget pays for them, else two lengths, to see where the gain tends."""
+    runs = config.check_seeds * ways
+    if fixed_length or runs * (run_steps + price.probe) <= config.check_share * total:
+        return (run_steps,)
+    longest = math.floor((config.check_share * total / runs - 2 * price.probe) / 1.5)
+    longest = min(max(longest, math.ceil(config.shortest_check * run_steps), 2), run_steps)
+    return (max(1, longest // 2), longest) if longest > 1 else (longest,)

@@ -8,6 +8,8 @@ from typing import Any
 
 from jel.errors import JelError
 from jel.files import json_bytes, write_files
+from jel.fitting.compare import Verdict
+from jel.fitting.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,7 @@ class FitResult:
     def save(self, folder: str | Path) -> None:
         """Write schedule.json and card.json; raises `JelError` if that fails."""
         folder = Path(folder)
-        write_files(
-            {folder / "schedule.json": json_bytes(self.schedule), folder / "card.json": json_bytes(self.card)}
-        )
+        write_files({folder / "schedule.json": json_bytes(self.schedule), folder / "card.json": json_bytes(self.card)})
 
     def plot(self, path: str | Path) -> None:
         """A picture (the suffix says which kind) of the multipliers as learned and of the returns they came from."""
@@ -42,7 +42,9 @@ class FitResult:
         for group, of in rows[0]["multipliers"].items():
             for key in of:
                 values = [row["multipliers"][group][key] for row in rows]
-                left.step(progress, [*values, values[-1]], where="post", label=key if group == "*" else f"{group} {key}")
+                left.step(
+                    progress, [*values, values[-1]], where="post", label=key if group == "*" else f"{group} {key}"
+                )
         left.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
         left.set(yscale="log", xlabel="progress", ylabel="multiplier", title="learned" + self._note())
         left.legend(fontsize=8)
@@ -64,8 +66,7 @@ class FitResult:
 
 
 def progress_line(record: dict[str, Any], done: int, updates: int, left: float) -> str:
-    """One line an update: what the probe loss did, and the multipliers of the present mean action."""
-    number = lambda x: "-" if x is None else f"{x:.4g}"
+    """One line an update: the probe loss (median episode, best one), and the multipliers of the present mean action."""
     parts = []
     for group, of in record["multipliers"].items():
         for key, values in of.items():
@@ -75,9 +76,25 @@ def progress_line(record: dict[str, Any], done: int, updates: int, left: float) 
             same = max(shown) <= 1.005 * min(shown)
             text = f"{shown[0]:.3g}" if same else "/".join(f"{v:.3g}" for v in shown)
             parts.append(f"{key if group == '*' else group + ' ' + key} x{text}")
-    blown = len(record["returns"]) - record["episodes_alive"]
-    trouble = f" | {blown} episodes blew up" if blown else ""
+    first, returns = record["probe_first"], sorted(r for r in record["returns"] if r is not None)
+    ends = f"{first - returns[len(returns) // 2]:.4g}, best {first - returns[-1]:.4g}" if returns else "blown up"
     return (
-        f"update {done:02d}/{updates:02d} | probe loss {number(record['probe_first'])} -> "
-        f"{number(record['probe_last'])} | {', '.join(parts)}{trouble} | {record['seconds']:.1f} s, {left:.0f} s left"
+        f"update {done:02d}/{updates:02d} | probe loss {first:.4g} -> {ends} | {', '.join(parts)} | "
+        f"{record['seconds']:.1f} s, {left:.0f} s left"
     )
+
+
+def in_words(verdict: Verdict, kept: str, plan: Plan) -> str:
+    """One line: what the comparison with the base found, and what is handed out."""
+    number = lambda of: f"{of[0]:.3g}, at least {of[1]:.3g}"
+    longest = plan.check_lengths[-1]
+    whole = longest == plan.run_steps
+    over = f"on {plan.check_seeds} fresh seeds over {'all' if whole else longest} of {plan.run_steps} steps"
+    if kept == "base":
+        why = "by more than the noise"
+        if verdict.chosen and verdict.gain[1] > 0:
+            why = f"for long: a gain of {number(verdict.gain)}, projected to the run's end {number(verdict.at_end)}"
+        return f"what was learned does not beat the untouched base {why}, {over}: the schedule is constant(1.0)"
+    what = {"learned": "what was learned", "damped": "half of what was learned (on a log scale)"}[kept]
+    end = "" if whole else f"; projected to the run's end {number(verdict.at_end)}"
+    return f"{what} beats the untouched base {over}: log loss lower by {number(verdict.gain)}{end}"

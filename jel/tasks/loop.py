@@ -1,7 +1,7 @@
 """Anyone's PyTorch training loop as a task: what `jel.fit` learns a schedule on.
 
-    task = LoopTask(make_model, make_optimizer, train_loader, loss, probe_batches, steps=2000)
-    result = jel.fit(task, budget=2.0)
+task = LoopTask(make_model, make_optimizer, train_loader, loss, probe_batches, steps=2000)
+result = jel.fit(task, budget=2.0)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LoopTask:
         self.name, self.steps, self.asked, self.workers = name, steps, episodes, workers
         with own_randomness():
             optimizer = self.loop.optimizer(self.loop.model(0))
-            self.contract = self._contract(optimizer)
+            self.contract = self._contract()
         self.facts, self.optimizer_kind = group_facts(optimizer), type(optimizer).__name__
         self.groups = tuple(fact[0] for fact in self.facts)
         self._way: Way | None = None
@@ -182,8 +182,9 @@ class LoopTask:
 
     # -------------------------------------------------------------------------
 
-    def _contract(self, optimizer: torch.optim.Optimizer) -> Contract:
+    def _contract(self) -> Contract:
         """What a schedule learned here is for. The base schedule goes by its class, as in `jel.Scheduler`."""
+        optimizer = self.loop.optimizer(self.loop.model(0))
         if self.loop.make_scheduler is None:
             return Contract.of(optimizer, self.steps)
         with warnings.catch_warnings():

@@ -9,6 +9,7 @@ Shapes: e episodes, P parameters of a group.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -91,18 +92,18 @@ class BatchedEpisodes:
             self.group, self._batch_of = group, BatchStream(self.loop, group)
         self._e = e = len(episodes)
         self._update, kept = UPDATES[type(optimizer)]
-        self._options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self._options = [{k: v for k, v in of.items() if k != "params"} for of in optimizer.param_groups]
         names = {p: name for name, p in model.named_parameters()}
-        self._names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        self._flat = [_stacked([p for p in group["params"]], e) for group in optimizer.param_groups]
+        self._names = [[names[p] for p in of["params"]] for of in optimizer.param_groups]
+        self._flat = [_stacked(of["params"], e) for of in optimizer.param_groups]
         self._state: list[dict[str, Tensor]] = [
             {"step": torch.zeros(e, 1, dtype=torch.float64, device=p.device)} | {k: torch.zeros_like(p) for k in kept}
             for p in self._flat
         ]
         self._trained: dict[str, Tensor] = {}
-        for flat, group, named in zip(self._flat, optimizer.param_groups, self._names):
-            widths = [p.numel() for p in group["params"]]
-            for name, p, part in zip(named, group["params"], flat.split(widths, dim=1)):
+        for flat, of, named in zip(self._flat, optimizer.param_groups, self._names):
+            widths = [p.numel() for p in of["params"]]
+            for name, p, part in zip(named, of["params"], flat.split(widths, dim=1)):
                 self._trained["model." + name] = part.view(e, *p.shape)
         fixed = [*model.named_parameters(), *model.named_buffers()]
         self._fixed = {f"model.{n}": t.detach() for n, t in fixed if f"model.{n}" not in self._trained}
@@ -214,7 +215,9 @@ def why_not_batched(loop: Loop, facts: tuple[tuple, ...], episodes: int = 8) -> 
     for group in optimizer.param_groups:
         if group.get("amsgrad") or group.get("dampening"):
             return "amsgrad and dampening are left to the plain loop"
-        if len({(p.dtype, p.device) for p in group["params"]}) != 1 or not all(p.requires_grad for p in group["params"]):
+        if len({(p.dtype, p.device) for p in group["params"]}) != 1 or not all(
+            p.requires_grad for p in group["params"]
+        ):
             return "a param group mixes devices, types, or trained and frozen tensors"
     if any(h for key, h in vars(optimizer).items() if key.startswith("_optimizer_step_")):
         return "the optimizer has hooks"
@@ -233,8 +236,6 @@ def why_not_batched(loop: Loop, facts: tuple[tuple, ...], episodes: int = 8) -> 
 
 def too_large(model_bytes: int, episodes: int) -> bool:
     """Weights, gradients, two moments and work space of all episodes against half of the machine's free memory."""
-    import os
-
     return 8 * model_bytes * episodes > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
@@ -257,4 +258,6 @@ def _trial(loop: Loop, facts: tuple[tuple, ...]) -> str | None:
             if not apart_by <= TOLERANCE * moved:
                 return "its batched program does not agree with the plain loop"
     a, b = (episodes.observe(["probe_loss"])["probe_loss"] for episodes in (plain, batched))
-    return None if torch.allclose(a, b, rtol=1e-3, atol=1e-4) else "its batched probe loss differs from the plain loop's"
+    return (
+        None if torch.allclose(a, b, rtol=1e-3, atol=1e-4) else "its batched probe loss differs from the plain loop's"
+    )

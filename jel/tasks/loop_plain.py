@@ -120,10 +120,9 @@ class BaseSchedule:
         read = lambda: [
             {key: float(group[key]) for key in SCHEDULED if key in group} for group in optimizer.param_groups
         ]
-        others = lambda: [
-            {k: v for k, v in group.items() if k not in (*SCHEDULED, "params", "initial_lr")}
-            for group in optimizer.param_groups
-        ]
+        fixed = [{k for k in group if k not in (*SCHEDULED, "params")} for group in optimizer.param_groups]
+        others = lambda: [{k: group[k] for k in keys} for keys, group in zip(fixed, optimizer.param_groups)]
+        before = others()
         if loop.make_scheduler is None:
             self._rows = [read()]
             return
@@ -132,11 +131,12 @@ class BaseSchedule:
             scheduler = loop.make_scheduler(optimizer, num_steps)
             if not hasattr(scheduler, "step") or isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 raise JelError(f"make_scheduler gave {type(scheduler).__name__}; it must give a schedule over steps")
-            before, self._rows = others(), [read()]
+            self._rows, touched = [read()], others() != before
             for _ in range(num_steps - 1):
                 scheduler.step()
                 self._rows.append(read())
-        if others() != before:
+                touched = touched or others() != before
+        if touched:
             raise JelError(
                 "the base scheduler changes more than lr and weight_decay (OneCycleLR: pass cycle_momentum=False)"
             )
