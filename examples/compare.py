@@ -1,7 +1,8 @@
 """The examples measured: what each method ends with on test data, over seeds, each beside the price of its settings.
 
-    python -m examples.compare --out results.json            resumable: what is there is not run again
-    python -m examples.compare --out results.json --table    print the tables of docs/examples.md
+    python -m examples.compare                           resumable: what is in examples/results.json is not run again
+    python -m examples.compare --again --methods jel     but this is
+    python -m examples.compare --table                   print the tables of docs/examples.md
 
 A seed draws the split of the data, initialisation, the order of the data, and the search. Whatever chooses, reads the
 probe data; the test data is read once, by the final run. A price is in runs of the example, the final one not counted.
@@ -171,6 +172,7 @@ def _score(rows: list[dict]) -> str:
     if not losses:
         return ""
     spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    spread += f", n = {len(losses)}" if len(losses) < 5 else ""
     price = statistics.mean(row["price"] for row in rows)
     return f"{statistics.mean(losses):.3f}{spread}" + (f" ({price:.1f} runs)" if price else "")
 
@@ -185,23 +187,28 @@ def _difference(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
         return ""
     if not any(pairs):
         return "the same"
+    number = f" (n = {len(pairs)})" if len(pairs) < 5 else ""  # too few for a verdict
     mean, half = statistics.mean(pairs), T975[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
     verdict = "better" if mean + half < 0 else "**worse**" if mean - half > 0 else "not shown"
-    return f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f}) {verdict}"
+    return f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f}) {verdict}{number}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the results, JSON")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"), metavar="JSON")
     parser.add_argument("--examples", nargs="+", choices=EXAMPLES, default=EXAMPLES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--again", action="store_true", help="run again what is there")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there, and run nothing")
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     if args.table:
         print(tables(results, args.examples))
         return
+    if args.again:
+        asked = {f"{name}/{m}/{seed}" for name in args.examples for m in args.methods for seed in args.seeds}
+        results = {key: row for key, row in results.items() if key not in asked}
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -68,12 +68,12 @@ def test_the_table_says_who_wins():
         return {f"tabular_mlp/{method}/{i}": {"test_loss": x, "price": price} for i, x in enumerate(losses)}
 
     of = compare._of
-    found = {**results("default", [1.0, 1.1, 1.2]), **results("jel", [0.5, 0.61, 0.7], 8.0)}
-    found |= {**results("cosine", [0.4, 0.7, 0.6]), **results("jel rough", [2.0, 2.1, 2.2])}
-    assert of(found, "tabular_mlp", "cosine").keys() == {0, 1, 2}
+    found = {**results("default", [1.0, 1.1, 1.2, 1.1, 1.1]), **results("jel", [0.5, 0.61, 0.7, 0.6, 0.6], 8.0)}
+    found |= {**results("cosine", [0.4, 0.7, 0.6, 0.6, 0.6]), **results("jel rough", [2.0, 2.1, 2.2, 2.1, 2.1])}
+    assert of(found, "tabular_mlp", "cosine").keys() == {0, 1, 2, 3, 4}
     table = compare.tables(found, ["tabular_mlp"]).splitlines()
-    assert "| jel | 0.603 ± 0.100 (8.0 runs) |" in table
+    assert "| jel | 0.602 ± 0.071 (8.0 runs) |" in table
     ours, rough = table.index("| jel minus | tabular_mlp |"), table.index("| jel rough minus | tabular_mlp |")
-    assert "| default | -0.497 (-0.511, -0.482) better |" in table[ours:rough]
+    assert "| default | -0.498 (-0.504, -0.492) better |" in table[ours:rough]
     assert any(line.startswith("| cosine") and line.endswith("not shown |") for line in table[ours:rough])
     assert "| default | +1.000 (+1.000, +1.000) **worse** |" in table[rough:]
