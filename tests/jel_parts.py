@@ -72,7 +72,7 @@ class QuadraticTask:
     def train(self, first_step, steps, multipliers):
         own = multipliers["*"]
         for _ in range(steps):
-            self.x = self.x - 0.02 * own["lr"] * self.x - 0.001 * own["weight_decay"]
+            self.x = self.x - 0.02 * own["lr"] * self.x - 0.001 * own.get("weight_decay", 1.0)
 
     def observe(self, names):
         known = {
