@@ -121,6 +121,8 @@ def flags() -> argparse.ArgumentParser:
     flag("--noise-correlation", type=float, default=0.0, help="of the exploration noise from decision to decision")
     flag("--antithetic", type=int, choices=[0, 1], default=0, help="1: episodes in pairs of opposite noise")
     flag("--updates", type=int, default=50)
+    what = "updates, the last ones, that only compare the policies of those before, of which the best stays"
+    flag("--compare", type=int, default=0, help=what)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
     flag("--episode-chunk", type=int, default=-1, help="episodes side by side on a device; -1 = as many as fit")
     flag(
@@ -134,13 +136,11 @@ def flags() -> argparse.ArgumentParser:
     )
     flag("--learner", choices=["grpo", "critic"], default="grpo", help=what)
     flag("--final-log-std", type=float, default=-1.4, help="critic: exploration narrows to this from --initial-log-std")
-    flag("--policy-steps", type=int, default=200, help="critic: Adam's steps an update")
-    flag("--pessimism", type=float, default=0.5, help="critic: standard deviations that it takes off a return")
+    flag("--policy-steps", type=int, default=60, help="critic: Adam's steps an update")
+    flag("--trust-region", type=float, default=1.0, help="critic: nats that an update moves the policy's mean, at most")
+    flag("--pessimism", type=float, default=1.0, help="critic: standard deviations that the last update takes off")
     flag(
-        "--smoothness",
-        type=float,
-        default=0.05,
-        help="critic: what a schedule must earn, see jel/learn/actor_critic.py",
+        "--smoothness", type=float, default=0.2, help="critic: what a schedule must earn, see jel/learn/actor_critic.py"
     )
     flag("--policy-lr", type=float, default=3e-4)
     flag("--policy-lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the end")
@@ -380,9 +380,9 @@ def make_episodes(
 def make_recipe(args: argparse.Namespace) -> JelRecipe:
     """The recipe that the flags describe."""
     same = (
-        "action_range correction_range initial_log_std policy_lr policy_lr_schedule updates gamma clip minibatch_size "
+        "compare action_range correction_range initial_log_std policy_lr policy_lr_schedule updates gamma clip minibatch_size "
         "entropy_coef returns advantages episodes decision_interval momentum_range learner final_log_std policy_steps "
-        "pessimism smoothness"
+        "trust_region pessimism smoothness"
     )
     return JelRecipe(
         **{name: getattr(args, name) for name in same.split()},
@@ -402,7 +402,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = [
     *HPARAM_NAMES,
     *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef".split(),
-    *"pessimism smoothness".split(),
+    *"trust_region pessimism smoothness compare".split(),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from jel.errors import JelError
 from jel.knobs import Multipliers
 from jel.learn.env import Env
 from jel.learn.exploration import Exploration
+from jel.learn.given_actions import given_actions
 from jel.learn.rollout import RewardConfig, Rollout, collect
 from jel.policy import GaussianPolicy, multiplier_table
 
@@ -43,6 +46,9 @@ class Updater(Protocol):
 class MetaTrainer:
     """Owns the loop's state: the policy, its update, and how many updates are done `of` those planned.
 
+    The last `compare` groups change nothing: they compare the policies that the updates before left, the last E of
+    them, each by one episode of its mean actions from the starts of the group. The one with the highest return stays.
+
     `update()` is all or nothing: interrupted half way (`Interrupted`), it leaves the state as it was, and the same
     group runs again, bit for bit, after a resume. Identical on all ranks.
     """
@@ -55,38 +61,44 @@ class MetaTrainer:
         config: GroupConfig,
         seed: int,
         of: int,
+        compare: int = 0,
         rank: int = 0,
         world_size: int = 1,
         stop_requested: Callable[[], bool] = lambda: False,
     ):
         self.env, self.policy, self.updater, self.config, self.seed = env, policy, updater, config, seed
-        self.of = of
+        self.of, self.compare = of, compare
+        if compare and policy.observes != {"progress"}:
+            raise JelError("policies that observe more than progress cannot be compared by given actions: compare 0")
+        if compare >= of:
+            raise JelError(f"{compare} groups to compare leave none of {of} to learn from")
         self.rank, self.world_size, self.stop_requested = rank, world_size, stop_requested
         self.updates = 0
+        self._kept: dict[str, dict[str, Tensor]] = {}  # policies by the number of updates that made them
+        self._returns = torch.zeros(0)  # of the kept policies so far, in their order
 
     def update(self) -> dict:
         """One group and one policy update; returns the record for the log (the README explains its keys)."""
-        start, c = time.perf_counter(), self.config
+        start, c, learning = time.perf_counter(), self.config, self.updates < self.of - self.compare
         decisions, num_steps = self.env.decisions(self.updates), self.env.task.num_steps(self.updates)
-        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.updates) % 2**63)  # a stream per group
-        noise = c.exploration.noise((c.episodes, len(decisions), self.policy.n_actions), generator)
-        rollout = collect(
-            self.env,
-            self.policy,
-            self.updates,
-            noise,
-            c.chunk,
-            c.reward,
-            self.rank,
-            self.world_size,
-            self.stop_requested,
-        )
-        stats = self.updater.update(rollout, self.updates, self.of)
-        losses = rollout.probe_losses
+        progress = [first / num_steps for first, _ in decisions]
+        if learning:
+            acting = self.policy
+            generator = torch.Generator().manual_seed((self.seed + 1_000_003 * self.updates) % 2**63)  # one per group
+            noise = c.exploration.noise((c.episodes, len(decisions), self.policy.n_actions), generator)
+        else:
+            acting, noise = given_actions(self.policy), self._mean_actions(progress)
+        where = self.rank, self.world_size, self.stop_requested
+        rollout = collect(self.env, acting, self.updates, noise, c.chunk, c.reward, *where)
         returns = self.updater.returns(rollout.rewards, rollout.alive, self.updater.gamma)[:, 0]  # (E,)
+        if learning:
+            stats = self.updater.update(rollout, self.updates, self.of - self.compare)
+            self._keep()
+        else:
+            stats = self._compared(returns)
+        losses = rollout.probe_losses
         whole = rollout.alive.all(dim=1) & losses.isfinite().all(dim=1)
         final = losses[whole, -1]
-        progress = [first / num_steps for first, _ in decisions]
         record = {
             "step": self.updates,
             "return_mean": returns.mean().item(),
@@ -105,14 +117,43 @@ class MetaTrainer:
         self.updates += 1
         return record
 
+    def _keep(self) -> None:
+        """Remember the policy of this update; only the last E matter."""
+        if self.compare:
+            self._kept[str(self.updates + 1)] = {name: t.clone() for name, t in self.policy.state_dict().items()}
+            for name in list(self._kept)[: -self.config.episodes]:
+                del self._kept[name]
+
+    def _mean_actions(self, progress: list[float]) -> Tensor:
+        """What the kept policies would do, an episode each; where there are fewer, they come again: (E, K, A)."""
+        states, means = torch.tensor(progress)[:, None], []
+        other = copy.deepcopy(self.policy)
+        for weights in self._kept.values():
+            other.load_state_dict(weights)
+            means.append(other(states)[0].detach())
+        return torch.stack([means[i % len(means)] for i in range(self.config.episodes)])
+
+    def _compared(self, returns: Tensor) -> dict[str, float]:
+        n = len(self._kept)
+        self._returns = returns[:n] + (self._returns if len(self._returns) else 0.0)
+        name = list(self._kept)[int(self._returns.argmax())]
+        self.policy.load_state_dict(self._kept[name])
+        with torch.no_grad():
+            entropy = self.policy.entropy(torch.zeros(1, len(self.policy.features))).mean().item()
+        return {"entropy": entropy, "kept_update": float(name)}
+
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers: all that the next update depends on."""
-        return {"updates": self.updates, "updater": self.updater.state_dict()}
+        kept = {name: {key: t.clone() for key, t in weights.items()} for name, weights in self._kept.items()}
+        own = {"updates": self.updates, "kept": kept, "returns": self._returns.clone()}
+        return {**own, "updater": self.updater.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. Raises `JelError` if the policy network is another."""
         self.updater.load_state_dict(state["updater"])
         self.updates = int(state["updates"])
+        self._kept = {name: {key: t.clone() for key, t in weights.items()} for name, weights in state["kept"].items()}
+        self._returns = state["returns"].clone()
 
 
 def columns(rows: list[Multipliers]) -> dict[str, dict[str, list[float]]]:

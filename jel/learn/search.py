@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jel.errors import JelError
 from jel.learn.env import Env
+from jel.learn.given_actions import given_actions, set_constant
 from jel.learn.halving import HalvingSearch
 from jel.learn.meta import GroupConfig, columns
 from jel.learn.rollout import collect
@@ -104,15 +105,6 @@ SEARCHES: dict[str, Callable[[int, int, int, int], Searcher]] = {  # of (knobs, 
 }
 
 
-def set_constant(policy: GaussianPolicy, raw: Tensor, log_std: float = 0.0) -> None:
-    """Make the policy's mean action `raw` (A,) everywhere, and its log standard deviation `log_std`."""
-    last, n = policy.net[-1], policy.n_actions
-    assert isinstance(last, torch.nn.Linear)
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias[:n], last.bias[n:] = raw, log_std
-
-
 class SearchTrainer:
     """`MetaTrainer`'s twin around a searcher: the same groups of episodes, records, state, and a policy in the end.
 
@@ -137,8 +129,7 @@ class SearchTrainer:
         self.searcher, self.updates = make_searcher(), 0
         self._told: list[tuple[Tensor, int, Tensor]] = []  # an update's (n, A) raw actions, decisions, (n,) returns
         self._heard: list[tuple[int, Finding]] = []  # and before which update
-        self._unit = GaussianPolicy(policy.knobs, policy.features)  # mean 0, standard deviation 1: noise is the action
-        set_constant(self._unit, torch.zeros(policy.n_actions))
+        self._unit = given_actions(policy)
 
     def update(self) -> dict:
         """One question, at the price of a group; returns the record for the log."""

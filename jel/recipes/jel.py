@@ -35,11 +35,12 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 OURS = {
     "corrections": "groups",
     "momentum_range": 5.0,
-    "noise_correlation": 0.97,
+    "noise_correlation": 0.98,
     "antithetic": 1,
     "learner": "critic",
     "policy_lr": 1e-2,
-    "updates": 12,
+    "updates": 14,
+    "compare": 2,
 }
 
 # What the learner `grpo` takes in place of the critic, as the recipe `jel` had it before there was one.
@@ -62,15 +63,17 @@ class JelRecipe:
     policy_lr: float = 3e-4
     policy_lr_schedule: str = "constant"  # or "linear", to 0 at the last update
     updates: int = 50
+    compare: int = 0  # of these, the last: they compare the policies of the others
     gamma: float = 0.99
     clip: float = 0.2
     epochs: int = 4
     minibatch_size: int = 64
     entropy_coef: float = 0.0
     final_log_std: float = -1.4  # the critic's part, down to the smoothness: see `ActorCriticUpdate`
-    policy_steps: int = 200
-    pessimism: float = 0.5
-    smoothness: float = 0.05
+    policy_steps: int = 60
+    trust_region: float = 1.0
+    pessimism: float = 1.0
+    smoothness: float = 0.2
     returns: str = "reward-to-go"
     advantages: str = "group"
     exploration: Exploration = Exploration()
@@ -108,10 +111,12 @@ class JelRecipe:
                 policy,
                 lr=self.policy_lr,
                 steps=self.policy_steps,
+                trust_region=self.trust_region,
                 pessimism=self.pessimism,
                 smoothness=self.smoothness,
                 initial_log_std=self.initial_log_std,
                 final_log_std=self.final_log_std,
+                correlation=self.exploration.correlation,
                 seed=seed,
             )
         return PolicyUpdate(
@@ -135,7 +140,9 @@ class JelRecipe:
         policy = self.policy(policy_seed)
         config = GroupConfig(self.episodes, chunk, self.reward, self.exploration)
         updater = self.updater(policy, shuffle_seed)
-        return MetaTrainer(self.env(task, policy), policy, updater, config, action_seed, self.updates, **where)
+        return MetaTrainer(
+            self.env(task, policy), policy, updater, config, action_seed, self.updates, self.compare, **where
+        )
 
     def searcher(self, method: str, task: Task, seed: int, chunk: int, **where: Any) -> SearchTrainer:
         """A search of `SEARCHES` over the same knobs and episodes, constants instead of a learned schedule.
