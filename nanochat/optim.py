@@ -163,6 +163,10 @@ class MuonAdamW(torch.optim.Optimizer):
             for shard in missing:
                 shard.wait()
 
+    def sent_gradients(self) -> list[torch.Tensor]:
+        """What `reducing` has brought back and the next `step` uses: to change an update, change these and `.grad`."""
+        return [gradient for shard in self._shards if shard.reduced for gradient in shard.reduced_gradients()]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and what was sent of an update that was not taken."""
         for shard in self._shards:

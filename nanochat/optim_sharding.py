@@ -132,6 +132,9 @@ class AdamWShard(Shard):
     def keeps_gradients(self) -> bool:
         return all(self.split)
 
+    def reduced_gradients(self) -> list[torch.Tensor]:
+        return self._grads
+
     def reduce(self) -> None:
         self._grads = [p.grad for p in self.group["params"]]
         if self.world_size == 1:
@@ -219,6 +222,9 @@ class MuonShard(Shard):
 
     def keeps_gradients(self) -> bool:
         return True
+
+    def reduced_gradients(self) -> list[torch.Tensor]:
+        return [self._grad]
 
     def reduce(self) -> None:
         params = self.group["params"]
