@@ -154,7 +154,8 @@ def main() -> int:
     config = model.config
     if args.device_batch_size == -1:
         args.device_batch_size = rows_that_fit(args, config, compute)
-    forward = model.prepare(attention=args.attention, loss=args.loss_kernel)  # as it is called: compiled on CUDA
+    kernels = {"rows": args.device_batch_size, "attention": args.attention, "loss": args.loss_kernel}
+    forward = model.prepare(**kernels)  # the model as it is called: compiled on CUDA
     print0(model.kernels)
     num_iterations, accumulation = derive_length(args, model.num_params(), compute.world_size)
     optimizer, schedule = build_optimizer(args, model, compute)
