@@ -44,11 +44,12 @@ def base_hparams(
     lr = lr_factor(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac)
     wd = wd_factor(step, num_iterations, final_wd_frac)
     momentum = muon_momentum(step, num_iterations)
-    return [
-        {
-            "lr": g["initial_lr"] * lr,
-            "weight_decay": g["initial_wd"] * wd,
-            "momentum": momentum if g["kind"] == "muon" else g["initial_momentum"],
-        }
-        for g in param_groups
-    ]
+    bases = []
+    for g in param_groups:
+        base = {"lr": g["initial_lr"] * lr, "weight_decay": g["initial_wd"] * wd}
+        if g.get("kind") == "muon":
+            base["momentum"] = momentum
+        elif "initial_momentum" in g:
+            base["momentum"] = g["initial_momentum"]
+        bases.append(base)
+    return bases

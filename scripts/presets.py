@@ -23,7 +23,7 @@ _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", 
 RECIPES: dict[str, dict] = {"jel": OURS, "paper": {}}
 
 PRESETS: dict[str, dict[str, dict]] = {
-    "paper": {},
+    "paper": {"meta_train --recipe jel": {"updates": 14, "compare": 2}},  # assumption: as at tiny, not run
     "tiny": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "total_batch_size": 2048,
         },
         "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
+        "meta_train --recipe jel": {"updates": 14, "compare": 2, "num_iterations": 100, "decision_interval": 20},
     },
     "smoke": {
         "sweep": {"seeds": [42], "settings": 2},
@@ -79,6 +80,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             "episodes": 4,
             "save_every": 1,
         },
+        "meta_train --recipe jel": {"compare": 1},
     },
 }
 

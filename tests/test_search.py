@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from jel import JelError
+from jel.learn.given_actions import set_constant
 from jel.learn.halving import HalvingSearch, rung_size, rungs
 from jel.learn.rollout import Interrupted
-from jel.learn.given_actions import set_constant
 from jel.learn.search import SEARCHES
 from jel.learn.shared_results import SharedResults
 from jel.policy import GaussianPolicy, multiplier_table

@@ -28,9 +28,10 @@ class ActorCriticUpdate:
     `update` fits the critic to all episodes, then raises its expectation under the policy, E[Q(mean + std * noise)],
     by `steps` of Adam at `lr`, while the policy's mean stays within `trust_region` (nats of KL divergence a decision,
     exploration widths alike) of the one that the group was drawn from. What the expectation counts is the critic's
-    return less `smoothness` times the mean square by which the raw actions differ from their mean over the episode, in
-    standard deviations of the returns: a schedule must earn what it varies. The last update takes three times as many
-    steps and counts a return less `pessimism` standard deviations of the critic, and so ends near what was tried.
+    return less `variation_cost` times the mean square by which the raw actions differ from their mean over the
+    episode, in standard deviations of the returns: a schedule must earn what it varies. The last update takes three
+    times as many steps and counts a return less `pessimism` standard deviations of the critic, and so ends near what
+    was tried.
 
     The exploration width is annealed: log_std goes from the policy's initial one to `final_log_std`. What a policy
     observes beside progress is taken as it was in the last group.
@@ -47,14 +48,14 @@ class ActorCriticUpdate:
         steps: int,
         trust_region: float,
         pessimism: float,
-        smoothness: float,
+        variation_cost: float,
         initial_log_std: float,
         final_log_std: float,
         correlation: float,
         seed: int,
     ):
         self.policy, self.steps, self.trust_region, self.correlation = policy, steps, trust_region, correlation
-        self.pessimism, self.smoothness = pessimism, smoothness
+        self.pessimism, self.variation_cost = pessimism, variation_cost
         self.initial_log_std, self.final_log_std = initial_log_std, final_log_std
         self.critic, self.generator = Critic(policy.n_actions), torch.Generator().manual_seed(seed)
         self.optimizer = make_adam(policy, lr)
@@ -109,7 +110,7 @@ class ActorCriticUpdate:
             value = self.critic.returns(actions, self.pessimism if last else 0.0).mean()
             varied = (mean - mean.mean(1, keepdim=True)).square().mean((0, 1)).sum()
             kl = 0.5 * ((mean - old_mean) / math.exp(width)).square().sum(-1).mean()
-            loss = -value + self.smoothness * self.critic.unit * varied + torch.relu(kl - self.trust_region)
+            loss = -value + self.variation_cost * self.critic.unit * varied + torch.relu(kl - self.trust_region)
             self.optimizer.zero_grad()
             (loss + (own_log_std - log_std).square().mean()).backward()
             self.optimizer.step()

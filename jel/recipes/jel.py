@@ -39,8 +39,6 @@ OURS = {
     "antithetic": 1,
     "learner": "critic",
     "policy_lr": 1e-2,
-    "updates": 14,
-    "compare": 2,
 }
 
 # What the learner `grpo` takes in place of the critic, as the recipe `jel` had it before there was one.
@@ -69,11 +67,11 @@ class JelRecipe:
     epochs: int = 4
     minibatch_size: int = 64
     entropy_coef: float = 0.0
-    final_log_std: float = -1.4  # the critic's part, down to the smoothness: see `ActorCriticUpdate`
+    final_log_std: float = -1.4  # the critic's part, down to the variation cost: see `ActorCriticUpdate`
     policy_steps: int = 60
     trust_region: float = 1.0
     pessimism: float = 1.0
-    smoothness: float = 0.2
+    variation_cost: float = 0.5
     returns: str = "reward-to-go"
     advantages: str = "group"
     exploration: Exploration = Exploration()
@@ -113,7 +111,7 @@ class JelRecipe:
                 steps=self.policy_steps,
                 trust_region=self.trust_region,
                 pessimism=self.pessimism,
-                smoothness=self.smoothness,
+                variation_cost=self.variation_cost,
                 initial_log_std=self.initial_log_std,
                 final_log_std=self.final_log_std,
                 correlation=self.exploration.correlation,
