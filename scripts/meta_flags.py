@@ -83,7 +83,12 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--variation-cost", type=float, default=0.5, help="critic: what a schedule must earn over a constant")
     flag("--policy-lr", type=float, default=3e-4)
     flag("--policy-lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the end")
-    flag("--returns", choices=list(RETURNS), default="reward-to-go", help="total: one for all decisions of an episode")
+    flag(
+        "--returns",
+        choices=list(RETURNS),
+        default="reward-to-go",
+        help="grpo: total is one for all decisions of an episode",
+    )
     flag("--gamma", type=float, default=0.99)
     flag("--clip", type=float, default=0.2)
     flag("--ppo-epochs", type=int, default=4)

@@ -33,7 +33,8 @@ def with_required(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_presets_name_flags_and_flags_win(preset, script):
     args = presets.parse_with_preset(SCRIPTS[script](), script, ["--preset", preset, "--data", "given"])
-    expected = presets.PRESETS[preset].get(script, {})
+    listed = presets.PRESETS[preset]
+    expected = {**listed.get(script, {}), **listed.get(f"{script} --recipe jel", {})}  # jel is the default recipe
     assert all(getattr(args, key) == value for key, value in expected.items() if key != "data")
     assert args.data == "given" and args.preset == preset
 
