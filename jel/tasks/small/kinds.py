@@ -28,6 +28,8 @@ TRAINING = (
     "context",
     "recommend",
     "finetune",
+    "overfit",
+    "rescaled",
 )
 HELD_OUT = ("cnn", "gru", "transformer", "real_tabular")
 
@@ -120,6 +122,21 @@ DRAWS = {
         "rank": r.randint(3, 12),
         "scale": log_uniform(r, 0.5, 5),
     },
+    "overfit": lambda r: {
+        "n_train": log_integer(r, 30, 160),
+        "features": log_integer(r, 8, 40),
+        "classes": r.randint(2, 3),
+        "label_noise": r.choice([0.0, 0.05, 0.1]),
+        "margin": r.choice([0.6, 1.0]),
+        "rank": r.randint(3, 10),
+        "hidden": [log_integer(r, 24, 96)] * r.randint(1, 3),
+        "steps": log_integer(r, 120, 240),
+    },
+    # some other kind's task whose weights have such units that it wants small rates
+    "rescaled": lambda r: {
+        "base": draw(r.choice(["digits", "regression", "context", "tabular", "recommend"]), r.randrange(1000, 2000)),
+        "scale": log_uniform(r, 5, 50),
+    },
     # held out
     "cnn": lambda r: {
         "channels": r.choice([[8, 16], [8, 8], [8, 8, 16]]),
@@ -196,6 +213,10 @@ def _tabular(s: Spec, g: torch.Generator) -> SmallTask:
     return _task(s, model, "cross_entropy", splits)
 
 
+def _rescaled(s: Spec, g: torch.Generator) -> SmallTask:
+    return replace(build(s["base"]), scale=s["scale"])
+
+
 def _finetune(s: Spec, g: torch.Generator) -> SmallTask:
     """The start is a network trained on much data of the same labelling; what follows has few, noisier rows."""
     many = data.tabular(s["n_train"] + 2000, **_labelling(s), generator=g)
@@ -257,6 +278,8 @@ BUILDERS = {
     "context": _context,
     "recommend": _recommend,
     "finetune": _finetune,
+    "overfit": _tabular,
+    "rescaled": _rescaled,
     "cnn": _cnn,
     "gru": _gru,
     "transformer": _transformer,
