@@ -11,7 +11,7 @@ from jel.tasks.small.episodes import DEFAULTS, Episodes, SmallTask, Split
 from jel.tasks.small.kinds import HELD_OUT, TRAINING, build, draw
 
 SKLEARN = importlib.util.find_spec("sklearn") is not None
-NEEDS_SKLEARN = {"digits", "autoencoder", "cnn", "real_tabular"}
+NEEDS_SKLEARN = {"digits", "autoencoder", "cnn", "breast_cancer", "wine"}
 
 
 def kinds(names):
@@ -41,7 +41,7 @@ def test_a_task_of_each_kind_learns_and_its_episodes_are_their_own(kind):
 
 
 def test_held_out_kinds_are_not_trained_on():
-    assert not set(TRAINING) & set(HELD_OUT) and {"cnn", "gru", "transformer", "real_tabular"} == set(HELD_OUT)
+    assert not set(TRAINING) & set(HELD_OUT) and {"cnn", "gru", "transformer", "breast_cancer", "wine"} == set(HELD_OUT)
 
 
 def test_a_spec_builds_the_same_task_again():

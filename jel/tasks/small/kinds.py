@@ -31,7 +31,7 @@ TRAINING = (
     "overfit",
     "rescaled",
 )
-HELD_OUT = ("cnn", "gru", "transformer", "real_tabular")
+HELD_OUT = ("cnn", "gru", "transformer", "breast_cancer", "wine")
 
 Spec = dict[str, Any]
 
@@ -139,25 +139,26 @@ DRAWS = {
     },
     # held out
     "cnn": lambda r: {
-        "channels": r.choice([[8, 16], [8, 8], [8, 8, 16]]),
-        "batch": 16,
-        "steps": log_integer(r, 80, 200),
+        "channels": r.choice([[8, 8], [6, 12], [6, 6, 12]]),
+        "batch": r.choice([8, 16]),
+        "steps": log_integer(r, 80, 140),
     },
     "gru": lambda r: {
         "algorithm": r.choice(["addition", "echo", "text"]),
-        "length": r.randint(8, 12),
-        "width": log_integer(r, 24, 48),
-        "batch": 16,
-        "steps": log_integer(r, 100, 200),
+        "length": r.randint(6, 9),
+        "width": log_integer(r, 16, 40),
+        "batch": 8,
+        "steps": log_integer(r, 90, 160),
     },
     "transformer": lambda r: {
-        "length": r.choice([12, 16]),
-        "width": 32,
+        "length": 12,
+        "width": r.choice([24, 32]),
         "layers": r.randint(1, 2),
-        "batch": r.choice([8, 16]),
-        "steps": log_integer(r, 100, 200),
+        "batch": 8,
+        "steps": log_integer(r, 100, 160),
     },
-    "real_tabular": lambda r: {"data": r.choice(["breast_cancer", "wine"]), "batch": r.choice([16, 32])},
+    "breast_cancer": lambda r: {"steps": log_integer(r, 80, 200)},
+    "wine": lambda r: {"steps": log_integer(r, 80, 200)},
 }
 
 
@@ -262,9 +263,9 @@ def _transformer(s: Spec, g: torch.Generator) -> SmallTask:
 
 
 def _real_tabular(s: Spec, g: torch.Generator) -> SmallTask:
-    x, y = data.shipped(s["data"])
+    x, y = data.shipped(s["kind"])
     n_val, n_test = len(x) // 5, len(x) * 3 // 10
-    splits = data.shuffled(s["data"], len(x) - n_val - n_test, n_val, n_test, g)
+    splits = data.shuffled(s["kind"], len(x) - n_val - n_test, n_val, n_test, g)
     return _task(s, models.mlp([x.shape[1], *s["hidden"], int(y.max()) + 1], s["activation"]), "cross_entropy", splits)
 
 
@@ -283,5 +284,6 @@ BUILDERS = {
     "cnn": _cnn,
     "gru": _gru,
     "transformer": _transformer,
-    "real_tabular": _real_tabular,
+    "breast_cancer": _real_tabular,
+    "wine": _real_tabular,
 }
