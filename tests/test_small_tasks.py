@@ -30,14 +30,15 @@ def values(e, **changes):
 def test_a_task_of_each_kind_learns_and_its_episodes_are_their_own(kind):
     task = build(draw(kind, 2))
     together, alone = Episodes(task, [5, 6, 7]), Episodes(task, [6])
-    before = together.evaluate("train")
     rate = 0.01 / max(task.scale, 1)
-    together.train(12, values(3, lr=rate))
-    alone.train(12, values(1, lr=rate))
-    assert (together.evaluate("train") < before).float().mean() > 0.5 or kind == "finetune"
+    for run in (together, alone):
+        run.train(12, values(len(run.flat), lr=rate))
     torch.testing.assert_close(together.flat[1], alone.flat[0], atol=2e-4, rtol=2e-3)
     torch.testing.assert_close(together.inner[1], alone.inner[0], atol=0.05, rtol=0.05)
     assert together.inner.isfinite().all() and not torch.equal(together.flat[0], together.flat[2])
+    before = Episodes(task, [5, 6, 7]).evaluate("train").mean()
+    together.train(28, values(3, lr=rate))
+    assert together.evaluate("train").mean() < before
 
 
 def test_held_out_kinds_are_not_trained_on():
@@ -123,7 +124,7 @@ def test_the_bank_is_computed_once_and_read_after(tmp_path, monkeypatch):
     monkeypatch.setattr(bank, "SEEDS", (1, 2))
     spec = {**draw("quadratic", 0), "steps": 20}
     first = bank.bank_task(spec, tmp_path)
-    monkeypatch.setattr(bank, "baselines", lambda task: pytest.fail("computed again"))
+    monkeypatch.setattr(bank, "baselines", lambda *_: pytest.fail("computed again"))
     again = bank.bank_task(spec, tmp_path)
     assert torch.equal(first.losses, again.losses) and first.losses.shape == (len(bank.SETTINGS), 2)
     assert first.score(torch.tensor(first.default)) == 0 and first.score(torch.tensor(first.oracle)) == 1
@@ -132,7 +133,7 @@ def test_the_bank_is_computed_once_and_read_after(tmp_path, monkeypatch):
 
 def test_settings_side_by_side_are_as_one_by_one(monkeypatch):
     task = build(draw("tabular", 0))
-    settings, seeds = bank.SETTINGS[20:24], (1, 2)
+    settings, seeds = bank.SETTINGS[20:23], (1, 2)
     whole = bank.baselines(task, settings, seeds)
     monkeypatch.setattr(bank, "MOST_NUMBERS", 1)
     torch.testing.assert_close(whole, bank.baselines(task, settings, seeds), atol=1e-4, rtol=1e-3)
