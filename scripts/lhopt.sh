@@ -16,5 +16,6 @@ for seed in $SEEDS; do
 done
 "$PYTHON" -m scripts.lhopt.evaluate --policies "${policies[@]}" | tee "$OUT/held_out.txt"
 "$PYTHON" -m scripts.lhopt.replay --policy "${policies[0]}" | tee "$OUT/replay.txt"
+"$PYTHON" -m scripts.lhopt.ship --policies "${policies[@]}" --out "$OUT/shipped"
 "$PYTHON" -m scripts.lhopt.figures --policies "${policies[@]}"
 echo "done: $OUT"

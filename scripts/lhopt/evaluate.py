@@ -34,6 +34,7 @@ from scripts.lhopt.train import TASKS_PER_KIND, bank_folder
 from scripts.runs import run_folder
 
 HELD_OUT_SEEDS = (0, 1, 2)  # of each held-out kind; declared before training
+STARTS = ("default", "random")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             lines.append(rows_of(results, tasks, name, name, lambda t, f=function: f(t, SEEDS), price))
     paths = [policy_path(name) for name in args.policies] or [default_lhopt_path()]
     for path, name in zip(paths, args.policies or ["shipped"]):
-        for starts in ("default", "random"):
+        for starts in STARTS:
             key, compute = controlled(path, args.mode, starts)
             lines.append(
                 {**rows_of(results, tasks, f"LHOPT {name}, {starts} start", key, compute, 1), "starts": starts}
