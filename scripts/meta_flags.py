@@ -25,7 +25,7 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
         "--recipe",
         choices=list(RECIPES),
         default="jel",
-        help="paper: Table 2; jel: per-group control, see docs/design.md",
+        help="paper: Table 2; jel: per-group control, see docs/design.md; lhopt: a program of its own, docs/lhopt.md",
     )
     flag("--method", choices=["jel", *SEARCHES], default="jel", help="jel: learn; others: search for constants instead")
     what = "file in which several searches, each with a --seed of its own, share what they find (needs optuna)"

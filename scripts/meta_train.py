@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ from nanochat.run_log import RunLog, Stopwatch, environment_record, format_secon
 from nanochat.token_cache import TokenCache, epochs_line
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.hparams import tuned_settings
+from scripts.lhopt import train as lhopt
 from scripts.meta_flags import check_flags, flags
 from scripts.presets import parse_with_preset
 from scripts.runs import (
@@ -330,4 +332,4 @@ def cores(workers: int, compute: Compute) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, JelError)
+    run_main(lhopt.main if lhopt.asked_for(sys.argv[1:]) else main, JelError)
