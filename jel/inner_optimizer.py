@@ -6,7 +6,7 @@ own writing of the parts that its example configuration switches on. Each of the
 1. clipping: the gradient's norm is held to a fraction of its own decaying rolling maximum (`clip=None`: off);
 2. the denominator is a decaying maximum of |gradient|, as in AdaMax (`denominator="rms"`: as in Adam);
 3. weight decay is part of the update, before the trust ratio (`decay="decoupled"`: as in AdamW);
-4. a LAMB trust ratio |weights| / |update|, the update norm smoothed over steps; vectors have none (`trust_power=0`: off);
+4. a LAMB trust ratio |weights| / |update|, the update norm smoothed; vectors have none (`trust_power=0`: off);
 5. bias corrections are running averages of 1, so they stay right when a beta changes (`1 - beta ** step` does not).
 
 With 1 to 4 switched off it is AdamW. Shapes: P parameters, those with a trust ratio first.
@@ -15,13 +15,13 @@ With 1 to 4 switched off it is AdamW. Shapes: P parameters, those with a trust r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jel.errors import JelError
+from jel.knobs import LARGEST
 
 DENOMINATORS, DECAYS = ("max", "rms"), ("update", "decoupled")
 TRUST_FLOOR = 1e-3  # of the trust ratio
@@ -216,18 +216,18 @@ class InnerOptimizer(torch.optim.Optimizer):
 
 def _buckets(group: dict) -> list[tuple[list[Tensor], list[Tensor], int]]:
     """(parameters, gradients in fp32 or wider, how many have a trust ratio) per device and dtype; those come first."""
-    found: dict[tuple, list[Tensor]] = {}
-    for p in group["params"]:
+    found: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+    for p in sorted(group["params"], key=lambda p: p.dim() <= 1):  # a stable order: matrices, then vectors
         if p.grad is not None:
             if p.grad.is_sparse or p.is_complex():
                 raise JelError("the inner optimizer takes neither sparse gradients nor complex parameters")
-            found.setdefault((p.device, p.dtype), []).append(p)
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            found.setdefault((p.device, p.dtype), []).append((p, p.grad.to(dtype)))
     buckets = []
-    for params in found.values():
-        params.sort(key=lambda p: p.dim() <= 1)  # a stable order: matrices, then vectors
+    for pairs in found.values():
+        params, grads = map(list, zip(*pairs))
         trusted = len(params) if group["trust_vectors"] else sum(p.dim() > 1 for p in params)
-        dtype = torch.promote_types(params[0].dtype, torch.float32)
-        buckets.append((params, [p.grad.to(dtype) for p in params], trusted))
+        buckets.append((params, grads, trusted))
     return buckets
 
 
@@ -236,7 +236,7 @@ def _check(group: dict) -> None:
         value = group[name]
         if isinstance(value, Tensor) or (name == "clip" and value is None):
             continue  # reading a tensor would wait for the device
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= most or value == float("inf"):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= min(most, LARGEST):
             raise JelError(f"{name} is {value!r}; it must be a number from 0 to {most:g}")
     for name, choices in (("denominator", DENOMINATORS), ("decay", DECAYS)):
         if group[name] not in choices:
