@@ -1,14 +1,25 @@
 """JEL: learned control of hyperparameters while a model trains. The names below are the public ones."""
 
+from jel import schedules
+from jel.contract import ANY, Contract, GroupContract
 from jel.controller import Controller, Decision, NullController, PolicyController, as_decision
 from jel.errors import JelError
 from jel.features import FEATURES, OBSERVATIONS
+from jel.guard import Guard
 from jel.knobs import IDENTITY, Knob, Multipliers, apply_multipliers, validate_multipliers
 from jel.policy import GaussianPolicy, default_policy_path, load_policy, save_policy
 from jel.registry import load_controller
-from jel.schedule import ScheduleController, export_schedule, load_schedule, save_schedule
+from jel.schedule import ScheduleController, export_schedule, load_schedule, make_schedule, save_schedule
+from jel.scheduler import Scheduler
 
 __all__ = [
+    "schedules",
+    "make_schedule",
+    "Scheduler",
+    "Guard",
+    "GroupContract",
+    "Contract",
+    "ANY",
     "FEATURES",
     "IDENTITY",
     "OBSERVATIONS",

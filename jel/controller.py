@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jel.contract import Contract
 from jel.errors import JelError
 from jel.knobs import IDENTITY, Multipliers
 from jel.policy import GaussianPolicy, default_policy_path, load_policy, policy_digest
@@ -77,14 +78,19 @@ class PolicyController(Controller):
     """JEL: the mean action of a learned policy (paper 3).
 
     `policy`: a `GaussianPolicy`, the path of a saved one, or None for the one shipped with the package. It is copied,
-    so training the policy further does not change the controller. Raises `JelError` for a policy that cannot be read.
+    so training the policy further does not change the controller. `contract`: what its card says that it was learned
+    against, None if nothing. Raises `JelError` for a policy that cannot be read.
     """
 
     def __init__(self, policy: GaussianPolicy | str | Path | None = None):
         if isinstance(policy, GaussianPolicy):
-            self.policy = copy.deepcopy(policy)
+            self.policy, card = copy.deepcopy(policy), dict[str, object]()
         else:
-            self.policy, _ = load_policy(policy or default_policy_path())
+            self.policy, card = load_policy(policy or default_policy_path())
+        training = card.get("training")
+        record = training.get("contract") if isinstance(training, dict) else None
+        self.contract = None if record is None else Contract.from_json(record)
+        self.knobs = self.policy.knobs
         self.observes = self.policy.observes
         self.digest = policy_digest(self.policy)
 

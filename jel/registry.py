@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 
 from jel.controller import Controller, PolicyController
 from jel.errors import JelError
 from jel.features import OBSERVATIONS
 from jel.schedule import ScheduleController
+
+# name -> what makes the controller; `jel.Scheduler` takes these names too
+CONTROLLERS: dict[str, Callable[[], Controller]] = {"jel": PolicyController}
 
 
 def load_controller(spec: str, policy: str | None = None) -> Controller | None:
@@ -47,9 +51,7 @@ def _imported_class(spec: str) -> type:
 
 
 def _make(cls: type, spec: str, policy: str | None) -> Controller:
-    for method in ("decide", "state_dict", "load_state_dict"):
-        if not callable(getattr(cls, method, None)):
-            raise JelError(f"controller {spec} has no method {method}(); see jel.controller.Controller")
+    check_controller(cls, spec, observes=False)
     arguments = {"policy": policy} if policy else {}
     try:
         inspect.signature(cls).bind(**arguments)
@@ -57,12 +59,22 @@ def _make(cls: type, spec: str, policy: str | None) -> Controller:
         given = "with policy=" if policy else "without arguments"
         raise JelError(f"controller {spec} cannot be made {given} ({e})") from None
     controller = cls(**arguments)
-    observes = getattr(controller, "observes", None)
-    if not isinstance(observes, (set, frozenset, tuple, list)):
-        raise JelError(f"controller {spec}: observes must be a set of names, not {observes!r}")
-    if unknown := set(observes) - OBSERVATIONS:
+    check_controller(controller, spec)
+    return controller
+
+
+def check_controller(controller: object, name: str, observes: bool = True) -> None:
+    """Raise `JelError` unless it keeps the contract; `observes` False for a class, whose objects may set that later."""
+    for method in ("decide", "state_dict", "load_state_dict"):
+        if not callable(getattr(controller, method, None)):
+            raise JelError(f"controller {name} has no method {method}(); see jel.controller.Controller")
+    if not observes:
+        return
+    named = getattr(controller, "observes", None)
+    if not isinstance(named, (set, frozenset, tuple, list)):
+        raise JelError(f"controller {name}: observes must be a set of names, not {named!r}")
+    if unknown := set(named) - OBSERVATIONS:
         raise JelError(
-            f"controller {spec} observes unknown {sorted(map(str, unknown))}; "
+            f"controller {name} observes unknown {sorted(map(str, unknown))}; "
             f"there are {', '.join(sorted(OBSERVATIONS))}"
         )
-    return controller

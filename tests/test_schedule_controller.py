@@ -101,7 +101,7 @@ def test_schedule_refuses_bad_files(tmp_path):
     entry = lambda multipliers: {**good, "decisions": [{"progress": 0.0, "multipliers": multipliers}]}
     bad = [
         [],
-        {**good, "version": 2},
+        {**good, "version": 3},
         {**good, "decisions": "none"},
         {**good, "decisions": [1]},
         entry(None),

@@ -1,0 +1,350 @@
+"""A torch learning-rate scheduler around a schedule or a controller, for any optimizer and any param groups.
+
+    scheduler = jel.Scheduler(optimizer, total_steps, schedule)
+    for batch in loader:
+        ...; optimizer.step(); scheduler.step(); optimizer.zero_grad()
+
+docs/scheduler.md says what it does in loops that warm up, accumulate, clip, compile and resume.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from jel.base_values import BaseValues
+from jel.contract import CONSTANT
+from jel.controller import Decision, as_decision
+from jel.decisions import MAX_CHANGE, Held, bounded, check_bounds, multipliers_of_groups
+from jel.errors import JelError
+from jel.features import OBSERVATIONS
+from jel.guard import Guard
+from jel.hyperparameters import copied, group_names, live
+from jel.schedule import ScheduleController
+from jel.source import Source
+
+VERSION = 1  # of the state dict
+GIVEN = frozenset(OBSERVATIONS | {"val_loss"}) - {"progress", "step"}  # what `observe` takes
+AT_START = frozenset({"progress", "step", "train_loss", "grad_norm"})  # known, or NaN, before the first step
+IDLE = 100  # calls of `step` without an optimizer step before a warning
+
+_attached: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Scheduler]] = weakref.WeakKeyDictionary()
+
+
+class Scheduler(LRScheduler):
+    """Multiplies what the base schedule gives by what a schedule or controller decides.
+
+    optimizer: any torch optimizer, or a wrapper whose `.optimizer` is one.
+    total_steps: T, the optimizer steps of the run. `step()` after more of them raises.
+    schedule_or_controller: an exported schedule (a dict or a path), a policy's path, a registered name, or a
+        controller. There is no default.
+    inner: a scheduler of the same optimizer, the base schedule. `step` steps it (and passes on its arguments, as
+        `ReduceLROnPlateau` needs), and the multipliers act on what it gives. Without one the base is `initial_lr`.
+    mode: "absolute" applies the multipliers where the schedule's contract fits, and refuses elsewhere; "shape" divides
+        them by their largest, so that the base value stays the peak.
+    base_schedule: what the contract calls the base schedule; default "constant", or the class of `inner`.
+    bounds: (low, high) of every multiplier, or by hyperparameter; default: the schedule's own, else (0.01, 100).
+    max_change: the largest factor between a group's multipliers from one decision to the next.
+    interval: optimizer steps between a controller's decisions; default T / 20. A schedule has decision points.
+    count: "optimizer" counts optimizer steps, however often `step` is called; "calls" counts calls of `step`, for
+        optimizer steps that Python does not see, as in a captured graph.
+    guard: True or a `Guard`: back to the base when the run does worse than it (jel/guard.py).
+
+    Raises `JelError` in one line, before the optimizer is touched.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        schedule_or_controller: Any,
+        inner: LRScheduler | None = None,
+        *,
+        mode: str = "absolute",
+        base_schedule: str | None = None,
+        bounds: Mapping[str, tuple[float, float]] | tuple[float, float] | None = None,
+        max_change: float = MAX_CHANGE,
+        interval: int | None = None,
+        count: str = "optimizer",
+        guard: Guard | bool = False,
+    ):
+        optimizer = unwrapped(optimizer)
+        if type(total_steps) is not int or total_steps < 1:
+            raise JelError(f"total_steps is {total_steps!r}; it must be the number of optimizer steps of the run")
+        if interval is not None and (type(interval) is not int or interval < 1):
+            raise JelError(f"interval is {interval!r}; it must be a number of optimizer steps")
+        if count not in ("optimizer", "calls"):
+            raise JelError(f"count is {count!r}; it must be 'optimizer' or 'calls'")
+        if not max_change > 1:
+            raise JelError(f"max_change is {max_change!r}; it must be a factor above 1")
+        check_bounds(bounds)
+        _check_free(optimizer, inner)
+        source = Source(schedule_or_controller, mode)
+        if base_schedule is None:
+            base_schedule = CONSTANT if inner is None else type(inner).__name__
+        if mode == "absolute":
+            _check_contract(source, optimizer, total_steps, base_schedule)
+
+        self.total_steps, self.inner, self.count = total_steps, inner, count
+        self.guard = guard if isinstance(guard, Guard) else Guard() if guard else None
+        self.optimizer, self.controller, self._source = optimizer, source.controller, source
+        self._bounds, self._max_change = bounds, max_change
+        self._decision_steps = source.decision_steps(total_steps, interval)
+        self._names = group_names(optimizer)
+        self._observed: dict[str, float | Tensor] = {}
+        self._wanted: Held = [{} for _ in self._names]  # the controller's; the guard may hold others
+        self._decided_at, self._taken, self._idle = -1, 0, 0
+        if isinstance(self.controller, ScheduleController):  # all that it will ever ask for is known: check it now
+            for decision in self.controller.decisions:
+                multipliers_of_groups(decision["multipliers"], self._names, optimizer.param_groups)
+        if self.guard:
+            self.guard.start(total_steps, source.base_curve)
+            self.guard.check_length()
+        base = BaseValues(optimizer.param_groups, inner is not None)
+        self.last_epoch = 0
+        wanted = self._first_decision()
+        self._base = base
+
+        if attach := getattr(self.controller, "attach", None):
+            attach(optimizer)
+        _attached[optimizer] = weakref.ref(self)
+        self._handle = optimizer.register_step_post_hook(_counter(weakref.ref(self)))
+        self._wanted = wanted
+        super().__init__(optimizer)
+
+    # -------------------------------------------------------------------------
+    # what a training loop calls
+
+    def observe(self, loss: float | Tensor | None = None, **observations: float | Tensor) -> None:
+        """Say what was measured since the last decision; `loss` is the training loss of this step.
+
+        Names are those of jel/features.py (`grad_norm`, `probe_loss`), and `val_loss`. A tensor is read when a
+        decision needs it, not here. Raises `JelError` for a name that is none.
+        """
+        if loss is not None:
+            observations["train_loss"] = loss
+        if unknown := observations.keys() - GIVEN:
+            raise JelError(f"observe() takes loss, {', '.join(sorted(GIVEN))}, and not {', '.join(sorted(unknown))}")
+        for name, value in observations.items():
+            self._observed[name] = value.detach() if isinstance(value, Tensor) else float(value)
+        if self.guard and "train_loss" in observations:
+            self.guard.observe(self._observed["train_loss"])
+        if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
+            self._wanted, self._decided_at = self._decide(self.last_epoch, None), self.last_epoch
+            self._write()
+
+    def step(self, *args: Any) -> None:
+        """After `optimizer.step()`: the next step's values. Arguments go to `inner`.
+
+        Raises `JelError`, and leaves the optimizer as it was, past `total_steps`, for an observation that the
+        controller needs and was not given, and for param groups that have changed.
+        """
+        if args and self.inner is None:  # torch's deprecated way to go to a step
+            self._restart(int(args[0]))
+            return
+        self._step_count += 1
+        groups = self._groups()
+        taken = self._taken if self.count == "optimizer" else self.last_epoch + 1
+        if taken > self.total_steps:
+            raise JelError(f"step {taken} is past total_steps, {self.total_steps}")
+        self._warn_if_idle(taken)
+        if self.guard:
+            self.guard.check_told(taken)
+        self._base.follow(groups, self._held())
+        due = any(self._decided_at < step <= taken for step in self._decision_steps)
+        wanted = self._decide(taken, self._wanted if self._decided_at >= 0 else None) if due else self._wanted
+        if self.inner is not None:
+            self._base.step_inner(groups, lambda: self.inner.step(*args))  # type: ignore[union-attr]
+        self.last_epoch, self._wanted = taken, wanted
+        self._decided_at = taken if due else self._decided_at
+        self._taken = taken
+        if self.guard:
+            self.guard.judge(taken)
+        self._write()  # also over what a snapshot of the optimizer may have brought back
+
+    @property
+    def multipliers(self) -> dict[str, dict[str, float]]:
+        """What holds now, by param group (its name, or its index) and hyperparameter."""
+        return {name: dict(own) for name, own in zip(self._names, self._held())}
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rates that this scheduler has written, a group each."""
+        return list(self._last_lr)
+
+    def release(self) -> None:
+        """Let go of the optimizer: base values in its groups, and another scheduler may be attached."""
+        self._base.write(self._groups(), [dict.fromkeys(own, 1.0) for own in self._held()])
+        self._handle.remove()
+        _attached.pop(self.optimizer, None)
+
+    # -------------------------------------------------------------------------
+    # state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts of them, and what the controller and `inner` keep."""
+        return {
+            "version": VERSION,
+            "schedule": self._source.id,
+            "total_steps": self.total_steps,
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "taken": self._taken,
+            "decided_at": self._decided_at,
+            "multipliers": [dict(own) for own in self._wanted],
+            "base": self._base.state_dict(),
+            "observed": {name: float(value) for name, value in self._observed.items()},
+            "controller": self.controller.state_dict(),
+            "inner": self.inner.state_dict() if self.inner is not None else None,
+            "guard": self.guard.state_dict() if self.guard else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as the scheduler that gave the state would have, and write its values into the param groups.
+
+        Raises `JelError`, before anything is changed, for a state of another schedule, length or set of groups.
+        """
+        state = state_dict
+        if not isinstance(state, dict) or state.get("version") != VERSION or "schedule" not in state:
+            raise JelError("this is not the state of a jel.Scheduler")
+        if state["schedule"] != self._source.id:
+            raise JelError("the saved run followed another schedule: resume with the schedule that it began with")
+        if state["total_steps"] != self.total_steps:
+            raise JelError(f"the saved run has total_steps {state['total_steps']}, this scheduler {self.total_steps}")
+        if len(state["multipliers"]) != len(self._groups()):
+            raise JelError(f"the saved run has {len(state['multipliers'])} param groups, this one {len(self._names)}")
+        if (state["inner"] is None) != (self.inner is None):
+            raise JelError("the saved run had an inner scheduler and this one has none, or the other way round")
+        self.controller.load_state_dict(state["controller"])
+        if self.inner is not None:
+            self.inner.load_state_dict(state["inner"])
+        if self.guard and state["guard"] is not None:
+            self.guard.load_state_dict(state["guard"])
+        self.last_epoch, self._taken = int(state["last_epoch"]), int(state["taken"])
+        self._step_count, self._decided_at = int(state["step_count"]), int(state["decided_at"])
+        self._wanted = [{str(k): float(v) for k, v in own.items()} for own in state["multipliers"]]
+        self._observed = {str(name): float(value) for name, value in state["observed"].items()}
+        self._base.load_state_dict(state["base"])
+        self._write()
+
+    # -------------------------------------------------------------------------
+    # inside
+
+    def _initial_step(self) -> None:
+        """Torch calls it at construction, and `SequentialLR` again when it begins with this scheduler."""
+        self._step_count = 1
+        if self.last_epoch < 0 and hasattr(self, "_last_lr"):
+            self._restart(0)
+        else:
+            self.last_epoch = 0
+            self._write()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        """`SequentialLR` calls it with 0 when this scheduler's turn begins."""
+        self.step() if epoch is None else self._restart(epoch)
+
+    def _restart(self, step: int) -> None:
+        groups = self._groups()
+        wanted = self._decide(step, None)
+        self._base = BaseValues(groups, self.inner is not None)
+        self.last_epoch = self._taken = self._decided_at = step
+        self._wanted = wanted
+        self._write()
+
+    def _first_decision(self) -> Held:
+        if self._missing() - AT_START:
+            return self._wanted  # until `observe` is told: the base
+        wanted = self._decide(0, None)
+        self._decided_at = 0
+        return wanted
+
+    def _missing(self) -> set[str]:
+        return set(self.controller.observes) - {"progress", "step"} - self._observed.keys()
+
+    def _decide(self, step: int, before: Held | None) -> Held:
+        """What the controller decides at this step, checked and bounded, for each group."""
+        missing = self._missing() - (AT_START if step == 0 else set())
+        if missing:
+            how = ", ".join("loss=..." if name == "train_loss" else f"{name}=..." for name in sorted(missing))
+            raise JelError(f"{self._source.name} observes what it was not told: call observe({how}) before step()")
+        known = {name: float(value) for name, value in self._observed.items()}
+        clock = {"progress": min(step, self.total_steps - 1) / self.total_steps, "step": float(step)}
+        seen = {name: {**known, **clock}.get(name, math.nan) for name in self.controller.observes}
+        decision: Decision = as_decision(self.controller.decide(seen))
+        if decision.go_back is not None:
+            if self.guard is None:
+                raise JelError("the controller asks to go back, and there is no guard with a snapshot to go back to")
+            self.guard.go_back(step - decision.go_back)
+        wanted = multipliers_of_groups(decision.multipliers, self._names, self._groups())
+        return bounded(wanted, before, self._names, self._source.knobs, self._bounds, self._max_change)
+
+    def _held(self) -> Held:
+        if self.guard and self.guard.holds_base(self.last_epoch):
+            return [dict.fromkeys(own, 1.0) for own in self._wanted]
+        return self._wanted
+
+    def _write(self) -> None:
+        groups = self._groups()
+        self._base.write(groups, self._held())
+        self._last_lr = [copied(live(group, "lr")) for group in groups]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        if group_names(self.optimizer) != self._names:
+            now = len(self.optimizer.param_groups)
+            raise JelError(
+                f"the optimizer's param groups have changed, from {len(self._names)} to {now}: make the scheduler anew"
+            )
+        return self.optimizer.param_groups
+
+    def _warn_if_idle(self, taken: int) -> None:
+        self._idle = self._idle + 1 if taken == self.last_epoch else 0
+        if self._idle == IDLE and taken == 0:
+            warnings.warn(
+                f"jel.Scheduler: {IDLE} calls of step() and no optimizer step seen; if they run in a captured graph or "
+                "outside of this optimizer, give count='calls'",
+                stacklevel=3,
+            )
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside a wrapper such as Accelerate's. Raises `JelError` for what is no optimizer."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise JelError(f"{type(optimizer).__name__} is no torch optimizer")
+    return optimizer
+
+
+def _counter(scheduler: weakref.ref[Scheduler]) -> Any:
+    """The hook that counts optimizer steps; it does not keep the scheduler alive."""
+
+    def count(*_: Any) -> None:
+        found = scheduler()
+        if found is not None:
+            found._taken += 1
+
+    return count
+
+
+def _check_free(optimizer: Optimizer, inner: LRScheduler | None) -> None:
+    other = _attached.get(optimizer)
+    if other is not None and other() is not None:
+        raise JelError("this optimizer already has a jel.Scheduler: call its release() first")
+    if inner is not None and unwrapped(getattr(inner, "optimizer", None)) is not optimizer:
+        raise JelError("inner is a scheduler of another optimizer")
+
+
+def _check_contract(source: Source, optimizer: Optimizer, total_steps: int, base_schedule: str) -> None:
+    if source.contract is None:
+        raise JelError(
+            f"{source.name} does not say what it was learned against, so its multipliers mean nothing here; "
+            "mode='shape' keeps your rate as the peak"
+        )
+    if misfit := source.contract.misfit(optimizer, total_steps, base_schedule):
+        raise JelError(f"{source.name} does not fit: {misfit}; mode='shape' keeps your rate as the peak")

@@ -1,0 +1,99 @@
+"""What a user hands over as a schedule or controller, made one thing: a controller that knows its contract.
+
+Accepted are an exported schedule (a dict, or the path of its JSON), the path of a policy, a registered name, and any
+object that keeps the controller's contract (jel/controller.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jel.contract import ANY, Contract
+from jel.controller import Controller, PolicyController
+from jel.errors import JelError
+from jel.files import read_json
+from jel.registry import CONTROLLERS, check_controller
+from jel.schedule import FORMAT, ScheduleController, checked_schedule, export_schedule, shape_of
+
+MODES = ("absolute", "shape")
+DECISIONS = 20  # a run, by a controller that does not say how many it wants
+
+
+class Source:
+    """`controller`; `contract`: None where unknown; `name`: what error messages call it; `id`: of this very schedule.
+
+    Raises `JelError` for what is none of the accepted things, and for `mode` "shape" of a controller with feedback.
+    """
+
+    def __init__(self, given: Any, mode: str):
+        if mode not in MODES:
+            raise JelError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
+        self.name, controller = _resolved(given)
+        if mode == "shape" and not isinstance(controller, ScheduleController):
+            controller = ScheduleController(_schedule_of(controller, self.name))
+        if mode == "shape" and isinstance(controller, ScheduleController):
+            rows = {"format": FORMAT, "version": 1, "decisions": controller.decisions}
+            controller = ScheduleController(shape_of(rows))
+        self.controller: Controller = controller
+        self.contract: Contract | None = getattr(controller, "contract", ANY)
+        self.knobs = tuple(getattr(controller, "knobs", ()))
+        self.base_curve = list(getattr(controller, "base_curve", []))
+        if isinstance(controller, ScheduleController):
+            text = json.dumps(controller.decisions, sort_keys=True)
+        else:
+            text = f"{type(controller).__module__}.{type(controller).__qualname__}"
+        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def decision_steps(self, total_steps: int, interval: int | None) -> list[int]:
+        """The steps at which it decides: a schedule's own points, else every `interval` steps, 0 first."""
+        if isinstance(self.controller, ScheduleController):
+            return steps_of(self.controller.points, total_steps)
+        if interval is None:
+            interval = max(1, round(total_steps / getattr(self.controller, "decisions", DECISIONS)))
+        return list(range(0, total_steps, interval))
+
+
+def steps_of(points: Sequence[float], total_steps: int) -> list[int]:
+    """The first step t with t / total_steps at or above each point; points that share a step are one."""
+    steps = []
+    for point in points:
+        step = max(0, math.ceil(point * total_steps) - 1)
+        while step / total_steps < point:
+            step += 1
+        steps.append(step)
+    return sorted({step for step in steps if step < total_steps})
+
+
+def _resolved(given: Any) -> tuple[str, Controller]:
+    if isinstance(given, dict):
+        return "the schedule", ScheduleController(checked_schedule(given))
+    if isinstance(given, str) and given in CONTROLLERS:
+        return given, CONTROLLERS[given]()
+    if isinstance(given, (str, Path)):
+        return _from_path(Path(given))
+    check_controller(given, type(given).__name__)
+    return type(given).__name__, given
+
+
+def _from_path(path: Path) -> tuple[str, Controller]:
+    names = ", ".join(sorted(CONTROLLERS))
+    if path.suffix not in (".json", ".safetensors"):
+        raise JelError(f"{path} is no schedule: give its .json, a dict, a controller, or a name of {names}")
+    if path.suffix == ".json":
+        record = read_json(path, "schedule")
+        if isinstance(record, dict) and record.get("format") == FORMAT:
+            return f"schedule {path}", ScheduleController(checked_schedule(record, f"schedule {path}"))
+        if not (isinstance(record, dict) and record.get("format") == "jel-policy"):
+            raise JelError(f"{path} holds neither a schedule nor the card of a policy")
+    return f"policy {path}", PolicyController(path)
+
+
+def _schedule_of(controller: Controller, name: str) -> dict:
+    if not isinstance(controller, PolicyController) or controller.observes != {"progress"}:
+        raise JelError(f"mode 'shape' needs a schedule, or a policy of progress alone; {name} decides while it watches")
+    return export_schedule(controller.policy, [i / DECISIONS for i in range(DECISIONS)])
