@@ -27,16 +27,14 @@ DENOMINATORS, DECAYS = ("max", "rms"), ("update", "decoupled")
 TRUST_FLOOR = 1e-3  # of the trust ratio
 TINY_NORM = 1e-8  # weights or an update below it have no trust ratio
 
-# The paper's eight knobs: name of the hyperparameter -> (its default, the most it may be). The least is 0.
-NUMBERS: dict[str, tuple[float, float]] = {
-    "lr": (1e-3, float("inf")),
-    "weight_decay": (1e-2, float("inf")),
-    "eps": (1e-6, float("inf")),
-    "one_minus_beta1": (0.1, 1.0),
-    "one_minus_beta2": (1e-2, 1.0),
-    "clip": (0.8, 1.0),  # fraction of the rolling maximum of the gradient norm
-    "clip_decay": (1e-2, 1.0),  # of that maximum, per step
-    "norm_decay": (0.05, 1.0),  # of the running average of the update norm, per step; 1: no smoothing
+# With the two betas the paper's eight knobs: name of the hyperparameter -> the most it may be. The least is 0.
+MOST = {
+    "lr": LARGEST,
+    "weight_decay": LARGEST,
+    "eps": LARGEST,
+    "clip": 1.0,  # fraction of the rolling maximum of the gradient norm
+    "clip_decay": 1.0,  # of that maximum, per step
+    "norm_decay": 1.0,  # of the running average of the update norm, per step; 1: no smoothing
 }
 
 
@@ -74,13 +72,14 @@ def inner_update(
     `averages` (P, 4): running averages of 1 under beta1, under beta2 and under the decay of the update norm, and the
     running average of the update norm itself. All but `params` have the state's dtype.
     """
-    o1, o2, o3 = (numbers[name] for name in ("one_minus_beta1", "one_minus_beta2", "norm_decay"))
+    (beta1, beta2), o3 = numbers["betas"], numbers["norm_decay"]
+    o1, o2 = 1 - beta1, 1 - beta2
     lr, weight_decay, dtype = numbers["lr"], numbers["weight_decay"], momenta[0].dtype
     weights = params if params[0].dtype == dtype else [p.to(dtype) for p in params]
 
-    torch._foreach_mul_(momenta, 1 - o1)
+    torch._foreach_mul_(momenta, beta1)
     torch._foreach_add_(momenta, torch._foreach_mul(grads, o1))
-    torch._foreach_mul_(denominators, 1 - o2)
+    torch._foreach_mul_(denominators, beta2)
     averages[:, 0] += o1 * (1 - averages[:, 0])
     averages[:, 1] += o2 * (1 - averages[:, 1])
     if rms:
@@ -115,7 +114,7 @@ def inner_update(
 
 
 class InnerOptimizer(torch.optim.Optimizer):
-    """The paper's inner optimizer. The eight numbers are entries of its param groups, read at every step.
+    """The paper's inner optimizer. Its numbers are entries of its param groups, read at every step.
 
     A number is a float, or a 0-D tensor on the parameters' device that is filled in place between steps. A step waits
     for nothing, so it can be captured. State is kept in fp32 or wider, bf16 weights included. The gradient norm that
@@ -127,22 +126,21 @@ class InnerOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float | Tensor = NUMBERS["lr"][0],
+        lr: float | Tensor = 1e-3,
         *,
-        weight_decay: float | Tensor = NUMBERS["weight_decay"][0],
-        eps: float | Tensor = NUMBERS["eps"][0],
-        one_minus_beta1: float | Tensor = NUMBERS["one_minus_beta1"][0],
-        one_minus_beta2: float | Tensor = NUMBERS["one_minus_beta2"][0],
-        clip: float | Tensor | None = NUMBERS["clip"][0],
-        clip_decay: float | Tensor = NUMBERS["clip_decay"][0],
-        norm_decay: float | Tensor = NUMBERS["norm_decay"][0],
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+        weight_decay: float | Tensor = 1e-2,
+        eps: float | Tensor = 1e-6,
+        clip: float | Tensor | None = 0.8,
+        clip_decay: float | Tensor = 1e-2,
+        norm_decay: float | Tensor = 0.05,
         denominator: str = "max",
         decay: str = "update",
         trust_power: float = 1.0,
         trust_vectors: bool = False,
     ):
         given = locals()
-        names = (*NUMBERS, "denominator", "decay", "trust_power", "trust_vectors")
+        names = (*MOST, "betas", "denominator", "decay", "trust_power", "trust_vectors")
         super().__init__(params, {name: given[name] for name in names})
 
     def add_param_group(self, param_group: dict) -> None:
@@ -178,9 +176,9 @@ class InnerOptimizer(torch.optim.Optimizer):
         state = self.state[group["params"][0]]
         if "largest_norm" not in state:
             state["largest_norm"] = torch.zeros_like(norm)
-            state["clipped_steps"] = torch.zeros_like(norm)
+            state["clipped"] = torch.zeros_like(norm)
         factor = clip_factor(norm, state["largest_norm"], group["clip"], group["clip_decay"])
-        state["clipped_steps"] += factor < 1
+        state["clipped"].copy_(factor < 1)  # at this step: what an observer may read
         return factor
 
     def _update(self, group: dict, params: list[Tensor], grads: list[Tensor], trusted: int) -> None:
@@ -232,11 +230,14 @@ def _buckets(group: dict) -> list[tuple[list[Tensor], list[Tensor], int]]:
 
 
 def _check(group: dict) -> None:
-    for name, (_, most) in NUMBERS.items():
-        value = group[name]
-        if isinstance(value, Tensor) or (name == "clip" and value is None):
-            continue  # reading a tensor would wait for the device
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= min(most, LARGEST):
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise JelError(f"betas are {betas!r}; they must be two numbers from 0 to 1")
+    numbers = [(name, group[name], most) for name, most in MOST.items() if name != "clip" or group[name] is not None]
+    for name, value, most in [*numbers, ("beta1", betas[0], 1.0), ("beta2", betas[1], 1.0)]:
+        if isinstance(value, Tensor):
+            continue  # reading it would wait for the device
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
             raise JelError(f"{name} is {value!r}; it must be a number from 0 to {most:g}")
     for name, choices in (("denominator", DENOMINATORS), ("decay", DECAYS)):
         if group[name] not in choices:
