@@ -95,7 +95,7 @@ class Normaliser(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Normalised inputs -> Linear, tanh -> layer-norm LSTM -> Linear, tanh: the kind that actor and value function share.
+    """Normalised inputs -> Linear, tanh -> layer-norm LSTM -> Linear, tanh: actor and value function have one each.
 
     Without `recurrent` the LSTM's place is taken by a layer of its size.
     """
