@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,22 @@ from jel.errors import JelError
 from jel.hyperparameters import FROM_ONE, Value, copied, has, initial, live, scaled, unscaled, write
 
 
-class BaseValues:
-    """The base value of every hyperparameter that was ever multiplied.
-
-    `from_inner`: the learning rate is what an inner scheduler has left in the groups. Otherwise it is `initial_lr`, or
-    what the group holds where that is lower: a warm-up that was attached before has already begun.
+def first_rates(groups: list[dict[str, Any]], from_inner: bool) -> list[Value]:
+    """The learning rates that multipliers begin on: what an inner scheduler has left in the groups, else `initial_lr`,
+    or what a group holds where that is lower, since a warm-up that was attached before has then begun.
     """
+    if from_inner:
+        return [copied(live(group, "lr")) for group in groups]
+    pairs = [(live(group, "lr"), initial(group, "lr")) for group in groups]
+    return [copied(held) if float(held) < float(base) else base for held, base in pairs]
 
-    def __init__(self, groups: list[dict[str, Any]], from_inner: bool):
-        self._base: list[dict[str, Value]] = [
-            {"lr": copied(live(g, "lr")) if from_inner else _lower(live(g, "lr"), initial(g, "lr"))} for g in groups
-        ]
-        self._written: list[dict[str, _Written]] = [{} for _ in groups]
+
+class BaseValues:
+    """The base value of every hyperparameter that was ever multiplied; `rates`: the learning rates, a group each."""
+
+    def __init__(self, rates: Sequence[Value]):
+        self._base: list[dict[str, Value]] = [{"lr": copied(rate)} for rate in rates]
+        self._written: list[dict[str, _Written]] = [{} for _ in rates]
 
     @torch.no_grad()
     def write(self, groups: list[dict[str, Any]], held: Held) -> None:
@@ -39,11 +43,12 @@ class BaseValues:
                 write(group, name, scaled(name, base[name], own.get(name, 1.0)))
                 written[name] = _Written(live(group, name))
 
-    def follow(self, groups: list[dict[str, Any]], held: Held) -> None:
+    def follow(self, groups: list[dict[str, Any]], held: Held) -> bool:
         """Take over what others have written since `write`: a factor on the product is a factor on the base.
 
-        That is how torch's chainable schedulers compose. Raises `JelError`, and changes nothing, for a value that
-        looks like the base itself, set by a scheduler that multiplies nothing (`LambdaLR`, `OneCycleLR`).
+        That is how torch's chainable schedulers compose. True if there was anything. Raises `JelError`, and changes
+        nothing, for a value that looks like the base itself, set by a scheduler that multiplies nothing (`LambdaLR`,
+        `OneCycleLR`).
         """
         found = []
         for i, (group, base, own, written) in enumerate(zip(groups, self._base, held, self._written)):
@@ -59,6 +64,7 @@ class BaseValues:
                 found.append((base, name, new))
         for base, name, new in found:
             base[name] = new
+        return bool(found)
 
     @torch.no_grad()
     def step_inner(self, groups: list[dict[str, Any]], step: Callable[[], None]) -> None:
@@ -98,10 +104,6 @@ class _Written:
         if isinstance(value, Tensor) and value is self.held and value._version == self.version:
             return True
         return float(value) == float(self.value)
-
-
-def _lower(held: Value, base: Value) -> Value:
-    return copied(held) if float(held) < float(base) else base
 
 
 def _sets_outright(base: Value, found: Value, multiplier: float) -> bool:

@@ -44,12 +44,12 @@ def bounded(
     before: Held | None,
     names: Sequence[str],
     knobs: Sequence[Knob],
-    bounds: Mapping[str, tuple[float, float]] | tuple[float, float] | None,
-    max_change: float,
+    bounds: Mapping[str, tuple[float, float]] | tuple[float, float] | None = None,
+    max_change: float = MAX_CHANGE,
 ) -> Held:
-    """`wanted` within the knobs' bounds and the user's, and within a factor `max_change` of the decision before.
+    """`wanted` within the user's bounds, else the knobs', and within a factor `max_change` of the decision before.
 
-    `bounds`: one pair for all, or pairs by hyperparameter. What was not set before counts as 1, but the first
+    `bounds`: one pair for all, or pairs by hyperparameter, instead of the knobs' or of `BOUNDS`. What was not set before counts as 1, but the first
     decision (`before` None) may be any within bounds. What is no longer wanted returns to 1.
     """
     found: Held = []
@@ -58,10 +58,8 @@ def bounded(
         keys = own.keys() | (earlier or {}).keys()
         limits = {}
         for key in sorted(keys):
-            low, high = bounds_of(knobs, name, key) or BOUNDS
             users = bounds.get(key) if isinstance(bounds, Mapping) else bounds
-            if users:
-                low, high = max(low, users[0]), min(high, users[1])
+            low, high = users or bounds_of(knobs, name, key) or BOUNDS
             value = own.get(key, 1.0)
             if not low * (1 - 1e-5) <= value <= high * (1 + 1e-5):  # a learned value may round past its own bound
                 value = min(max(value, low), high)

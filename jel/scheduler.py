@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,14 +20,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from jel.base_values import BaseValues
+from jel.base_values import BaseValues, first_rates
 from jel.contract import CONSTANT
 from jel.controller import Decision, as_decision
-from jel.decisions import MAX_CHANGE, Held, bounded, check_bounds, multipliers_of_groups
+from jel.decisions import BOUNDS, MAX_CHANGE, Held, bounded, check_bounds, multipliers_of_groups
 from jel.errors import JelError
 from jel.features import OBSERVATIONS
 from jel.guard import Guard
-from jel.hyperparameters import copied, group_names, live
+from jel.hyperparameters import copied, group_names, initial, live
 from jel.schedule import ScheduleController
 from jel.source import Source
 
@@ -86,7 +87,7 @@ class Scheduler(LRScheduler):
             raise JelError(f"max_change is {max_change!r}; it must be a factor above 1")
         check_bounds(bounds)
         _check_free(optimizer, inner)
-        source = Source(schedule_or_controller, mode)
+        source = Source(schedule_or_controller, mode, optimizer)
         if base_schedule is None:
             base_schedule = CONSTANT if inner is None else type(inner).__name__
         if mode == "absolute":
@@ -102,21 +103,20 @@ class Scheduler(LRScheduler):
         self._wanted: Held = [{} for _ in self._names]  # the controller's; the guard may hold others
         self._decided_at, self._taken, self._idle = -1, 0, 0
         if isinstance(self.controller, ScheduleController):  # all that it will ever ask for is known: check it now
-            for decision in self.controller.decisions:
-                multipliers_of_groups(decision["multipliers"], self._names, optimizer.param_groups)
+            self._check_decisions(self.controller.decisions)
         if self.guard:
             self.guard.start(total_steps, source.base_curve)
             self.guard.check_length()
-        base = BaseValues(optimizer.param_groups, inner is not None)
-        self.last_epoch = 0
-        wanted = self._first_decision()
-        self._base = base
-
-        if attach := getattr(self.controller, "attach", None):
+        base = BaseValues(first_rates(optimizer.param_groups, inner is not None))
+        if attach := getattr(self.controller, "attach", None):  # for one that watches the optimizer
             attach(optimizer)
+        self.last_epoch, wanted = 0, self._first_decision()
+
         _attached[optimizer] = weakref.ref(self)
-        self._handle = optimizer.register_step_post_hook(_counter(weakref.ref(self)))
-        self._wanted = wanted
+        self._hook = None  # under "calls" nothing of ours runs within the optimizer's step
+        if count == "optimizer":
+            self._hook = optimizer.register_step_post_hook(_counter(weakref.ref(self)))
+        self._base, self._wanted = base, wanted
         super().__init__(optimizer)
 
     # -------------------------------------------------------------------------
@@ -149,7 +149,6 @@ class Scheduler(LRScheduler):
         if args and self.inner is None:  # torch's deprecated way to go to a step
             self._restart(int(args[0]))
             return
-        self._step_count += 1
         groups = self._groups()
         taken = self._taken if self.count == "optimizer" else self.last_epoch + 1
         if taken > self.total_steps:
@@ -157,17 +156,18 @@ class Scheduler(LRScheduler):
         self._warn_if_idle(taken)
         if self.guard:
             self.guard.check_told(taken)
-        self._base.follow(groups, self._held())
-        due = any(self._decided_at < step <= taken for step in self._decision_steps)
+        changed = self._base.follow(groups, self._held())
+        due = self._decision_steps[bisect_right(self._decision_steps, taken) - 1] > self._decided_at
         wanted = self._decide(taken, self._wanted if self._decided_at >= 0 else None) if due else self._wanted
         if self.inner is not None:
             self._base.step_inner(groups, lambda: self.inner.step(*args))  # type: ignore[union-attr]
-        self.last_epoch, self._wanted = taken, wanted
-        self._decided_at = taken if due else self._decided_at
-        self._taken = taken
+        self.last_epoch = self._taken = taken
+        self._wanted, self._decided_at = wanted, taken if due else self._decided_at
+        self._step_count += 1
         if self.guard:
             self.guard.judge(taken)
-        self._write()  # also over what a snapshot of the optimizer may have brought back
+        if changed or due or self.inner is not None or self.guard:  # a guard's snapshot may have brought others back
+            self._write()
 
     @property
     def multipliers(self) -> dict[str, dict[str, float]]:
@@ -181,7 +181,8 @@ class Scheduler(LRScheduler):
     def release(self) -> None:
         """Let go of the optimizer: base values in its groups, and another scheduler may be attached."""
         self._base.write(self._groups(), [dict.fromkeys(own, 1.0) for own in self._held()])
-        self._handle.remove()
+        if self._hook is not None:
+            self._hook.remove()
         _attached.pop(self.optimizer, None)
 
     # -------------------------------------------------------------------------
@@ -252,10 +253,22 @@ class Scheduler(LRScheduler):
     def _restart(self, step: int) -> None:
         groups = self._groups()
         wanted = self._decide(step, None)
-        self._base = BaseValues(groups, self.inner is not None)
+        if self.inner is None:
+            self._base = BaseValues([initial(group, "lr") for group in groups])
         self.last_epoch = self._taken = self._decided_at = step
         self._wanted = wanted
         self._write()
+
+    def _check_decisions(self, decisions: list[dict[str, Any]]) -> None:
+        for i, decision in enumerate(decisions):
+            held = multipliers_of_groups(decision["multipliers"], self._names, self._groups())
+            for name, own, within in zip(self._names, held, bounded(held, None, self._names, self._source.knobs)):
+                for key, value in own.items():
+                    if value != within[key] and self._bounds is None:
+                        raise JelError(
+                            f"{self._source.name}, decision {i}: multiplier {name}.{key} is {value:g}, outside of the "
+                            f"bounds {BOUNDS[0]:g}..{BOUNDS[1]:g}; give bounds= to cut it there or to allow more"
+                        )
 
     def _first_decision(self) -> Held:
         if self._missing() - AT_START:

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from jel.contract import ANY, Contract
 from jel.controller import Controller, PolicyController
 from jel.errors import JelError
 from jel.files import read_json
+from jel.hyperparameters import group_names, has
 from jel.registry import CONTROLLERS, check_controller
 from jel.schedule import FORMAT, ScheduleController, checked_schedule, export_schedule, shape_of
 
@@ -27,18 +30,19 @@ DECISIONS = 20  # a run, by a controller that does not say how many it wants
 class Source:
     """`controller`; `contract`: None where unknown; `name`: what error messages call it; `id`: of this very schedule.
 
-    Raises `JelError` for what is none of the accepted things, and for `mode` "shape" of a controller with feedback.
+    `mode` "shape" leaves out groups and hyperparameters that the optimizer does not have. Raises `JelError` for what is
+    none of the accepted things, and for the shape of a controller with feedback.
     """
 
-    def __init__(self, given: Any, mode: str):
+    def __init__(self, given: Any, mode: str, optimizer: Optimizer):
         if mode not in MODES:
             raise JelError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
         self.name, controller = _resolved(given)
         if mode == "shape" and not isinstance(controller, ScheduleController):
             controller = ScheduleController(_schedule_of(controller, self.name))
         if mode == "shape" and isinstance(controller, ScheduleController):
-            rows = {"format": FORMAT, "version": 1, "decisions": controller.decisions}
-            controller = ScheduleController(shape_of(rows))
+            shape = shape_of({"format": FORMAT, "version": 1, "decisions": controller.decisions})
+            controller = ScheduleController({**shape, "decisions": _only(shape["decisions"], optimizer)})
         self.controller: Controller = controller
         self.contract: Contract | None = getattr(controller, "contract", ANY)
         self.knobs = tuple(getattr(controller, "knobs", ()))
@@ -67,6 +71,22 @@ def steps_of(points: Sequence[float], total_steps: int) -> list[int]:
             step += 1
         steps.append(step)
     return sorted({step for step in steps if step < total_steps})
+
+
+def _only(decisions: list[dict[str, Any]], optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The decisions as far as they concern groups and hyperparameters that this optimizer has."""
+    groups = dict(zip(group_names(optimizer), optimizer.param_groups))
+    found = []
+    for row in decisions:
+        kept = {name: own for name, own in row["multipliers"].items() if name == "*" or name in groups}
+        reached = {name: list(groups.values()) if name == "*" else [groups[name]] for name in kept}
+        multipliers = {
+            n: {k: v for k, v in own.items() if any(has(g, k) for g in reached[n])} for n, own in kept.items()
+        }
+        found.append({"progress": row["progress"], "multipliers": multipliers})
+    if not any(own for row in found for own in row["multipliers"].values()):
+        raise JelError("the schedule names no param group and no hyperparameter that this optimizer has")
+    return found
 
 
 def _resolved(given: Any) -> tuple[str, Controller]:
