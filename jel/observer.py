@@ -22,7 +22,7 @@ from torch import Tensor
 from jel.errors import JelError
 from jel.momenta import averages_of, denominators_of, gains_of, kind_of_state, param_states
 from jel.pieces import Pieces, inner, total
-from jel.unitless import END_WEIGHTS, MEASURE_EVERY, SUMS, inner_statistics, new_memory, observe
+from jel.unitless import END_WEIGHTS, INNER, MEASURE_EVERY, SUMS, inner_statistics, new_memory, observe
 
 OWN, OWN_KEEP = "own", 0.9  # the observer's own average of gradients
 CLIPPED = 0.999  # a gradient whose norm is below this times its norm before clipping was clipped
@@ -239,10 +239,13 @@ class Observer:
     # at a decision
 
     @torch.no_grad()
-    def look(self, progress: float, relative: Tensor, last_move: Tensor) -> Tensor:
+    def look(
+        self, progress: float, relative: Tensor, last_move: Tensor, constants: Mapping[str, float] | None = None
+    ) -> Tensor:
         """Features (F,) or (E, F) of a decision, on the CPU: `jel.unitless.observe`, whose arguments these are.
 
-        `relative`, `last_move`: (A,) or (E, A). This waits for the device, and begins a new window.
+        `relative`, `last_move`: (A,) or (E, A). `constants`: inner statistics that are taken to be these values. This
+        waits for the device, and begins a new window.
         """
         shape = () if self.runs is None else (self.runs,)
         shaped = lambda t: self._over_ranks(t).float().cpu().expand(self.runs or 1).reshape(shape)
@@ -254,6 +257,8 @@ class Observer:
             rows = self._over_ranks(torch.stack([row.to(home) for row in self._rows])).cpu()  # (M, len(SUMS), E)
             sums = {name: rows[:, k].reshape(-1, *shape) for k, name in enumerate(SUMS)}
             statistics = inner_statistics(sums).mean(0)
+            for name, value in (constants or {}).items():
+                statistics[..., list(INNER).index(name)] = value
             path = sums["dd"].clamp_min(0).sqrt().sum(0) * (self.steps / len(self._rows))
         features, self.memory = observe(
             self.memory,

@@ -134,6 +134,10 @@ class Scheduler(LRScheduler):
             raise JelError(f"observe() takes loss, {', '.join(sorted(GIVEN))}, and not {', '.join(sorted(unknown))}")
         for name, value in observations.items():
             self._observed[name] = value.detach() if isinstance(value, Tensor) else float(value)
+        tell = getattr(self.controller, "observe", None)  # of one that keeps count of its own; it may decide anew
+        if tell is not None and tell(**observations):
+            self._wanted = self._decide(self.last_epoch, None)
+            self._write()
         if self.guard and "train_loss" in observations:
             self.guard.observe(self._observed["train_loss"])
         if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
@@ -183,6 +187,8 @@ class Scheduler(LRScheduler):
         self._base.write(self._groups(), [dict.fromkeys(own, 1.0) for own in self._held()])
         if self._hook is not None:
             self._hook.remove()
+        if detach := getattr(self.controller, "detach", None):
+            detach()
         _attached.pop(self.optimizer, None)
 
     # -------------------------------------------------------------------------

@@ -57,6 +57,8 @@ class Source:
         """The steps at which it decides: a schedule's own points, else every `interval` steps, 0 first."""
         if isinstance(self.controller, ScheduleController):
             return steps_of(self.controller.points, total_steps)
+        if interval is None and (own := getattr(self.controller, "decision_steps", None)):
+            return own(total_steps)
         if interval is None:
             interval = max(1, round(total_steps / getattr(self.controller, "decisions", DECISIONS)))
         return list(range(0, total_steps, interval))

@@ -5,20 +5,15 @@ E episodes, M measurements.
 
 from __future__ import annotations
 
-import copy
-import io
-
 import pytest
 import torch
 from torch import nn
 
 import jel.pieces
-from jel.errors import JelError
 from jel.inner_optimizer import InnerOptimizer
 from jel.observer import Observer
-from jel.unitless import INNER, SUMS, feature_names, inner_statistics
+from jel.unitless import SUMS, inner_statistics
 from nanochat.optim import MuonAdamW
-from tests.no_wait import NoWait
 
 WIDE = torch.float64
 SHAPES = ((6, 4), (6, 4), (5,), (3, 2))
