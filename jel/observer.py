@@ -195,9 +195,9 @@ class Observer:
             d = self._held[i][j].sub_(pieces.take(weights, piece))
             sums["dd"].append(inner(d, d))
             sums["gd"].append(inner(pieces.take(grads, piece), d))
-            sums["abs_d"].append(torch.linalg.vector_norm(d, 1, dim=1))
+            sums["abs_d"].append(d.abs_().sum(1))  # several times as fast as an L1 norm, and as the sum of a mask
             if rows is not None:
-                sums["above_epsilon"].append((pieces.take(rows, piece) > least).sum(1))
+                sums["above_epsilon"].append(torch.gt(pieces.take(rows, piece), least, out=d).sum(1))
         if not pieces.reuse:
             del self._held[i]
         for name, values in sums.items():
