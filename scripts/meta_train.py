@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from functools import partial
 
@@ -49,6 +50,7 @@ from nanochat.run_log import RunLog, Stopwatch, environment_record, format_secon
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
+from scripts.lhopt import train as lhopt
 from scripts.presets import RECIPES, add_preset_flag, parse_with_preset
 from scripts.runs import (
     LARGEST,
@@ -73,7 +75,7 @@ def flags() -> argparse.ArgumentParser:
         "--recipe",
         choices=list(RECIPES),
         default="jel",
-        help="paper: Table 2; jel: per-group control, see docs/design.md",
+        help="paper: Table 2; jel: per-group control, see docs/design.md; lhopt: a program of its own, docs/lhopt.md",
     )
     flag("--method", choices=["jel", *SEARCHES], default="jel", help="jel: learn; others: search for constants instead")
     add_model_flags(parser)
@@ -431,4 +433,4 @@ def least_over_ranks(value: int, compute: Compute) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, JelError)
+    run_main(lhopt.main if lhopt.asked_for(sys.argv[1:]) else main, JelError)

@@ -89,7 +89,7 @@ def run_schedule(task: SmallTask, seeds: Sequence[int], rates: Tensor, decays: T
     return episodes.evaluate("test")
 
 
-def baselines(task: SmallTask, settings: Sequence[tuple] = SETTINGS, seeds: Sequence[int] = SEEDS) -> Tensor:
+def baselines(task: SmallTask, settings: Sequence[tuple], seeds: Sequence[int]) -> Tensor:
     """Test losses (J, R) of the settings, as many side by side as is fast."""
     together = max(1, MOST_NUMBERS // (task.n_params * len(seeds)))
     losses = []
@@ -112,7 +112,7 @@ def bank_task(spec: Spec, folder: Path) -> BankTask:
         held = read_json(path, "bank entry")
         if isinstance(held, dict) and all(held.get(key) == value for key, value in asked.items()):
             return BankTask(spec, _losses(held["losses"]))
-    losses = baselines(build(spec))
+    losses = baselines(build(spec), SETTINGS, SEEDS)
     finite = torch.where(losses.isfinite(), losses, math.nan).tolist()
     write_files({path: json_bytes({**asked, "losses": [[x if x == x else None for x in row] for row in finite]})})
     return BankTask(spec, losses.nan_to_num(math.inf, math.inf))

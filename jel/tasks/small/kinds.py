@@ -28,8 +28,10 @@ TRAINING = (
     "context",
     "recommend",
     "finetune",
+    "overfit",
+    "rescaled",
 )
-HELD_OUT = ("cnn", "gru", "transformer", "real_tabular")
+HELD_OUT = ("cnn", "gru", "transformer", "breast_cancer", "wine")
 
 Spec = dict[str, Any]
 
@@ -120,27 +122,43 @@ DRAWS = {
         "rank": r.randint(3, 12),
         "scale": log_uniform(r, 0.5, 5),
     },
+    "overfit": lambda r: {
+        "n_train": log_integer(r, 30, 160),
+        "features": log_integer(r, 8, 40),
+        "classes": r.randint(2, 3),
+        "label_noise": r.choice([0.0, 0.05, 0.1]),
+        "margin": r.choice([0.6, 1.0]),
+        "rank": r.randint(3, 10),
+        "hidden": [log_integer(r, 24, 96)] * r.randint(1, 3),
+        "steps": log_integer(r, 120, 240),
+    },
+    # some other kind's task whose weights have such units that it wants small rates
+    "rescaled": lambda r: {
+        "base": draw(r.choice(["digits", "regression", "context", "tabular", "recommend"]), r.randrange(1000, 2000)),
+        "scale": log_uniform(r, 5, 50),
+    },
     # held out
     "cnn": lambda r: {
-        "channels": r.choice([[8, 16], [8, 8], [8, 8, 16]]),
-        "batch": 16,
-        "steps": log_integer(r, 80, 200),
+        "channels": r.choice([[8, 8], [6, 12], [6, 6, 12]]),
+        "batch": r.choice([8, 16]),
+        "steps": log_integer(r, 80, 140),
     },
     "gru": lambda r: {
         "algorithm": r.choice(["addition", "echo", "text"]),
-        "length": r.randint(8, 12),
-        "width": log_integer(r, 24, 48),
-        "batch": 16,
-        "steps": log_integer(r, 100, 200),
+        "length": r.randint(6, 9),
+        "width": log_integer(r, 16, 40),
+        "batch": 8,
+        "steps": log_integer(r, 90, 160),
     },
     "transformer": lambda r: {
-        "length": r.choice([12, 16]),
-        "width": 32,
+        "length": 12,
+        "width": r.choice([24, 32]),
         "layers": r.randint(1, 2),
-        "batch": r.choice([8, 16]),
-        "steps": log_integer(r, 100, 200),
+        "batch": 8,
+        "steps": log_integer(r, 100, 160),
     },
-    "real_tabular": lambda r: {"data": r.choice(["breast_cancer", "wine"]), "batch": r.choice([16, 32])},
+    "breast_cancer": lambda r: {"steps": log_integer(r, 80, 200)},
+    "wine": lambda r: {"steps": log_integer(r, 80, 200)},
 }
 
 
@@ -196,6 +214,10 @@ def _tabular(s: Spec, g: torch.Generator) -> SmallTask:
     return _task(s, model, "cross_entropy", splits)
 
 
+def _rescaled(s: Spec, g: torch.Generator) -> SmallTask:
+    return replace(build(s["base"]), scale=s["scale"])
+
+
 def _finetune(s: Spec, g: torch.Generator) -> SmallTask:
     """The start is a network trained on much data of the same labelling; what follows has few, noisier rows."""
     many = data.tabular(s["n_train"] + 2000, **_labelling(s), generator=g)
@@ -241,9 +263,9 @@ def _transformer(s: Spec, g: torch.Generator) -> SmallTask:
 
 
 def _real_tabular(s: Spec, g: torch.Generator) -> SmallTask:
-    x, y = data.shipped(s["data"])
+    x, y = data.shipped(s["kind"])
     n_val, n_test = len(x) // 5, len(x) * 3 // 10
-    splits = data.shuffled(s["data"], len(x) - n_val - n_test, n_val, n_test, g)
+    splits = data.shuffled(s["kind"], len(x) - n_val - n_test, n_val, n_test, g)
     return _task(s, models.mlp([x.shape[1], *s["hidden"], int(y.max()) + 1], s["activation"]), "cross_entropy", splits)
 
 
@@ -257,8 +279,11 @@ BUILDERS = {
     "context": _context,
     "recommend": _recommend,
     "finetune": _finetune,
+    "overfit": _tabular,
+    "rescaled": _rescaled,
     "cnn": _cnn,
     "gru": _gru,
     "transformer": _transformer,
-    "real_tabular": _real_tabular,
+    "breast_cancer": _real_tabular,
+    "wine": _real_tabular,
 }
