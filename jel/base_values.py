@@ -34,13 +34,15 @@ class BaseValues:
     @torch.no_grad()
     def write(self, groups: list[dict[str, Any]], held: Held) -> None:
         """Base x multiplier into the groups, in place; a multiplier of 1 writes the base bit for bit."""
-        for group, base, own, written in zip(groups, self._base, held, self._written):
+        for group, base, own in zip(groups, self._base, held):
             for name in {"lr": None, **own}:
                 if name not in base:
                     base[name] = initial(group, name)
                     key = f"initial_{name.removeprefix(FROM_ONE)}"
                     group.setdefault(key, copied(base[name]))  # saved with the optimizer, as torch does for lr
                 write(group, name, scaled(name, base[name], own.get(name, 1.0)))
+        for group, own, written in zip(groups, held, self._written):  # groups may share a tensor: all are written now
+            for name in {"lr": None, **own}:
                 written[name] = _Written(live(group, name))
 
     def follow(self, groups: list[dict[str, Any]], held: Held) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from jel.errors import JelError
-from jel.hyperparameters import DESCRIBED, group_names, has, initial, kind_of
+from jel.hyperparameters import described, group_names, has, initial, kind_of
 
 TOLERANCE = 0.01  # relative, of a base value
 LENGTHS = 4.0  # without a stated range, runs from a quarter of the learned length to four times it
@@ -56,11 +56,7 @@ class Contract:
     ) -> Contract:
         """The contract of a schedule that is learned on this optimizer as it stands; groups alike become one "*"."""
         groups = [
-            GroupContract(
-                name,
-                kind_of(optimizer, group),
-                {key: float(initial(group, key)) for key in DESCRIBED if has(group, key)},
-            )
+            GroupContract(name, kind_of(optimizer, group), described(group))
             for name, group in zip(group_names(optimizer), optimizer.param_groups)
         ]
         if all((g.kind, g.base) == (groups[0].kind, groups[0].base) for g in groups):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from jel.errors import JelError
-from jel.hyperparameters import has, target
+from jel.hyperparameters import has, live, target
 from jel.knobs import Knob, Multipliers, multipliers_of_group, validate_multipliers
 from jel.schedule import bounds_of
 
@@ -20,7 +23,8 @@ def multipliers_of_groups(multipliers: Multipliers, names: Sequence[str], groups
     """What holds for each group: its own entries over those of "*", which passes over what a group does not have.
 
     Raises `JelError` for a group that is not there, a hyperparameter that no group has (or a group named for it), two
-    names for one hyperparameter, and numbers that are not finite and above 0.
+    names for one hyperparameter, groups that share a tensor and are to differ, and numbers that are not finite and
+    above 0.
     """
     validate_multipliers(multipliers, names)
     for key, value in multipliers.get("*", {}).items():
@@ -36,6 +40,15 @@ def multipliers_of_groups(multipliers: Multipliers, names: Sequence[str], groups
         if len({target(group, key) for key in own}) < len(own):
             raise JelError(f"the schedule sets one hyperparameter of group {name} under two names: {', '.join(own)}")
         held.append(own)
+    for i, j in itertools.combinations(range(len(groups)), 2):
+        for key in (k for k in held[i].keys() | held[j].keys() if has(groups[i], k) and has(groups[j], k)):
+            tensor = live(groups[i], key)
+            shared = isinstance(tensor, Tensor) and tensor is live(groups[j], key)
+            if shared and held[i].get(key, 1.0) != held[j].get(key, 1.0):
+                raise JelError(
+                    f"groups {names[i]} and {names[j]} share one tensor as their {key}, so they cannot be set apart: "
+                    "give each group a tensor of its own"
+                )
     return held
 
 
@@ -49,8 +62,9 @@ def bounded(
 ) -> Held:
     """`wanted` within the user's bounds, else the knobs', and within a factor `max_change` of the decision before.
 
-    `bounds`: one pair for all, or pairs by hyperparameter, instead of the knobs' or of `BOUNDS`. What was not set before counts as 1, but the first
-    decision (`before` None) may be any within bounds. What is no longer wanted returns to 1.
+    `bounds`: one pair for all, or pairs by hyperparameter, in place of the knobs' or of `BOUNDS`. What was not set
+    before counts as 1, but the first decision (`before` None) may be any within bounds. What is no longer wanted
+    returns to 1.
     """
     found: Held = []
     for i, (name, own) in enumerate(zip(names, wanted)):

@@ -13,19 +13,20 @@ from torch import Tensor
 from jel.errors import JelError
 from jel.power_law import PowerLaw, fit_power_law
 
-POINTS = 64  # of the base's curve that are kept for the fit
 LEAST = 8  # comparisons that the measured part of a run must hold for a fit
 
 
 class Guard:
     """Compares the training loss, as `Scheduler.observe` is told it, with the base's curve.
 
-    margin: how far the run may lie above the base, as a share of the base's loss.
+    margin: how far the run may lie above the base, as a share of the base's loss; to it comes twice
+        the noise of a curve that was measured here.
     curve: the base's training loss, `[(step, loss), ...]`. Without one the schedule's own recorded curve is used, and
         where it has none, the first `measure` of the run's steps are left to the base, whose curve is extrapolated from
         them by a power law.
-    smooth: weight of the old value in the exponential average of the loss.
-    every: optimizer steps between comparisons. `patience`: how many in a row must lie above the margin.
+    smooth: weight of the old value in the exponential averages of the loss and of the base's.
+    every: optimizer steps between comparisons; default: 8 in the first `measure` of the run, at most 10 steps apart.
+    patience: how many in a row must lie above the margin.
     save_every: optimizer steps between snapshots, if `snapshot` says how to make one.
 
     One that has tripped holds the base's values to the end of the run. Raises `JelError` for numbers without sense.
@@ -37,17 +38,18 @@ class Guard:
         curve: Sequence[tuple[float, float]] | None = None,
         measure: float = 0.1,
         smooth: float = 0.9,
-        every: int = 10,
+        every: int | None = None,
         patience: int = 3,
         save_every: int = 100,
     ):
-        if not (margin > 0 and 0 < measure < 1 and 0 <= smooth < 1 and min(every, patience, save_every) >= 1):
+        counts = patience, save_every, 1 if every is None else every
+        if not (margin > 0 and 0 < measure < 1 and 0 <= smooth < 1 and min(counts) >= 1):
             raise JelError(
                 "a guard needs a margin above 0, measure within (0, 1), smooth within [0, 1), and every, patience and "
                 "save_every of 1 or more"
             )
         self.margin, self.curve, self.measure, self.smooth = margin, curve, measure, smooth
-        self.every, self.patience, self.save_every = every, patience, save_every
+        self.patience, self.save_every, self._given_every = patience, save_every, every
         self._save: Callable[[], Any] | None = None
         self._load: Callable[[Any], None] | None = None
         self._snapshots: list[tuple[int, Any]] = []  # (step, copy), the newest last; not part of the state
@@ -64,10 +66,15 @@ class Guard:
         curve = self.curve if self.curve is not None else [(p * total_steps, loss) for p, loss in recorded]
         self._curve = sorted((float(step), float(loss)) for step, loss in curve)
         self._until = 0 if self._curve else math.ceil(self.measure * total_steps)  # the base's own steps
-        self._average: float | Tensor = 0.0
-        self._weight = 0.0  # of the losses in the average, out of 1
-        self._points: list[tuple[float, float]] = []
+        by_default = min(10, max(1, int(self.measure * total_steps) // LEAST))
+        self.every = by_default if self._given_every is None else self._given_every
+        self._sum: float | Tensor = 0.0  # of the losses since the last comparison, while the base is measured
+        self._steps: list[int] = []  # at which they were
+        self._points: list[tuple[float, float]] = []  # (mean step, mean loss)
         self._law: PowerLaw | None = None
+        self._loss: float | Tensor = 0.0  # exponential average of the run's loss
+        self._base = 0.0  # the same average of the base's, so that both lag alike
+        self._weight = 0.0  # of what is in the two, out of 1
         self._strikes = 0
         self.tripped: str | None = None  # the line that was printed
 
@@ -82,10 +89,14 @@ class Guard:
     # -------------------------------------------------------------------------
     # what the scheduler calls
 
-    def observe(self, loss: float | Tensor) -> None:
-        """The training loss of a step; a tensor stays on its device."""
-        self._average = self.smooth * self._average + (1 - self.smooth) * loss
-        self._weight = self.smooth * self._weight + (1 - self.smooth)
+    def observe(self, step: int, loss: float | Tensor) -> None:
+        """The training loss of step number `step`, from 1; a tensor stays on its device."""
+        if step <= self._until:
+            self._sum, self._steps = self._sum + loss, [*self._steps, step]
+        elif self.tripped is None:
+            self._loss = self.smooth * self._loss + (1 - self.smooth) * loss
+            self._base = self.smooth * self._base + (1 - self.smooth) * self._base_at(step)
+            self._weight = self.smooth * self._weight + (1 - self.smooth)
 
     def holds_base(self, step: int) -> bool:
         """Whether the base's values hold at this step."""
@@ -93,19 +104,19 @@ class Guard:
 
     def check_told(self, step: int) -> None:
         """Raise `JelError` where a comparison is due and no loss was given."""
-        if self.tripped is None and step and step % self.every == 0 and not self._weight:
+        if self.tripped is None and step and step % self.every == 0 and not (self._weight or self._steps):
             raise JelError("the guard was not told a loss: call observe(loss=...) at every step")
 
     def judge(self, step: int) -> None:
         """Compare, and go back where it must: after `step` optimizer steps."""
         if self.tripped is not None or not step or step % self.every:
             return
-        loss = float(self._average) / self._weight
-        if step <= self._until:
-            self._measure(step, loss)
+        if self._steps:
+            self._measured()
+        if not self._weight:
             return
-        base = self._base_at(step)
-        bad = not loss <= base + self.margin * abs(base)
+        loss, base = float(self._loss) / self._weight, self._base / self._weight
+        bad = not loss <= base + self.margin * abs(base) + self._noise
         self._strikes = self._strikes + 1 if bad else 0
         if self._strikes >= self.patience or not math.isfinite(loss):
             self._trip(step, loss, base)
@@ -123,21 +134,30 @@ class Guard:
     # -------------------------------------------------------------------------
     # inside
 
-    def _measure(self, step: int, loss: float) -> None:
-        if math.isfinite(loss):
-            self._points = [*self._points, (float(step), loss)]
-            if len(self._points) > POINTS:
-                self._points = self._points[::2]
+    def _measured(self) -> None:
+        point = sum(self._steps) / len(self._steps), float(self._sum) / len(self._steps)
+        self._sum, self._steps = 0.0, []
+        if math.isfinite(point[1]):
+            self._points = [*self._points, point]
 
     def _base_at(self, step: int) -> float:
         if self._curve:
             steps, losses = zip(*self._curve)
             return float(np.interp(step, steps, losses))
         if self._law is None:
+            if self._steps:
+                self._measured()
             if len(self._points) < 3:
                 return math.inf  # the base itself was not finite: nothing to compare with
             self._law = fit_power_law(*zip(*self._points))
         return self._law.at(step)
+
+    @property
+    def _noise(self) -> float:
+        """Twice the spread of the measured points around their curve, which the margin leaves room for."""
+        if self._law is None:
+            return 0.0
+        return 2 * math.sqrt(sum((self._law.at(t) - loss) ** 2 for t, loss in self._points) / len(self._points))
 
     def _trip(self, step: int, loss: float, base: float) -> None:
         how = "recorded" if self._curve else "extrapolated"
@@ -154,17 +174,19 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """Numbers, and the line that was printed. Snapshots are the caller's, and not in it."""
         return {
-            "average": float(self._average),
-            "weight": self._weight,
+            "sum": float(self._sum),
+            "steps": list(self._steps),
             "points": [list(point) for point in self._points],
             "law": list(astuple(self._law)) if self._law else None,
+            "averages": [float(self._loss), self._base, self._weight],
             "strikes": self._strikes,
             "tripped": self.tripped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the guard that gave the state would have."""
-        self._average, self._weight = float(state["average"]), float(state["weight"])
+        self._sum, self._steps = float(state["sum"]), [int(step) for step in state["steps"]]
         self._points = [(float(step), float(loss)) for step, loss in state["points"]]
         self._law = PowerLaw(*map(float, state["law"])) if state["law"] is not None else None
+        self._loss, self._base, self._weight = map(float, state["averages"])
         self._strikes, self.tripped = int(state["strikes"]), state["tripped"]

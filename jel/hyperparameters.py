@@ -19,7 +19,7 @@ Value = float | Tensor  # a tensor has no dimensions
 FROM_ONE = "1-"
 MOMENTA = {"beta1": 0, "momentum": 0, "beta2": 1}  # the place in `betas`
 HIGHEST_MOMENTUM = 0.9999  # what a multiplier may raise a momentum to; a base above it stays
-DESCRIBED = ("lr", "weight_decay", "momentum", "beta1", "beta2")  # base values that a contract records
+DESCRIBED = ("lr", "weight_decay", "beta1", "beta2", "momentum")  # base values that a contract records
 
 
 def group_names(optimizer: Optimizer) -> list[str]:
@@ -51,6 +51,16 @@ def has(group: Mapping[str, Any], name: str) -> bool:
 def target(group: Mapping[str, Any], name: str) -> tuple[str, int | None] | None:
     """What the name stands for in this group: two names with one target are one hyperparameter."""
     return _place(group, name)
+
+
+def described(group: Mapping[str, Any]) -> dict[str, float]:
+    """The base values by which a contract knows a group, each under one name."""
+    found: dict[tuple[str, int | None], str] = {}
+    for name in DESCRIBED:
+        place = _place(group, name)
+        if place is not None:
+            found.setdefault(place, name)
+    return {name: float(initial(group, name)) for name in found.values()}
 
 
 def live(group: Mapping[str, Any], name: str) -> Value:

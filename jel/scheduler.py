@@ -27,7 +27,7 @@ from jel.decisions import BOUNDS, MAX_CHANGE, Held, bounded, check_bounds, multi
 from jel.errors import JelError
 from jel.features import OBSERVATIONS
 from jel.guard import Guard
-from jel.hyperparameters import copied, group_names, initial, live
+from jel.hyperparameters import copied, group_names, has, initial, live
 from jel.schedule import ScheduleController
 from jel.source import Source
 
@@ -139,7 +139,7 @@ class Scheduler(LRScheduler):
             self._wanted = self._decide(self.last_epoch, None)
             self._write()
         if self.guard and "train_loss" in observations:
-            self.guard.observe(self._observed["train_loss"])
+            self.guard.observe(self.last_epoch + 1, self._observed["train_loss"])
         if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
             self._wanted, self._decided_at = self._decide(self.last_epoch, None), self.last_epoch
             self._write()
@@ -196,6 +196,7 @@ class Scheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts of them, and what the controller and `inner` keep."""
+        self._base.follow(self._groups(), self._held())  # a scheduler beside this one may have stepped after it
         return {
             "version": VERSION,
             "schedule": self._source.id,
@@ -228,16 +229,26 @@ class Scheduler(LRScheduler):
             raise JelError(f"the saved run has {len(state['multipliers'])} param groups, this one {len(self._names)}")
         if (state["inner"] is None) != (self.inner is None):
             raise JelError("the saved run had an inner scheduler and this one has none, or the other way round")
-        self.controller.load_state_dict(state["controller"])
+        try:  # all of it is read before any of it is used
+            numbers = {key: int(state[key]) for key in ("last_epoch", "taken", "step_count", "decided_at")}
+            wanted = [{str(k): float(v) for k, v in own.items()} for own in state["multipliers"]]
+            observed = {str(name): float(value) for name, value in state["observed"].items()}
+            base = [{str(k): float(v) for k, v in own.items()} for own in state["base"]]
+            groups = self._groups()
+            if len(base) != len(wanted) or not all(has(g, k) for g, own in zip(groups, base) for k in own):
+                raise ValueError("base values of other groups")
+            parts = state["controller"], state["inner"], state["guard"]
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise JelError(f"the saved state is malformed ({type(e).__name__}: {e})") from None
+        self.controller.load_state_dict(parts[0])
         if self.inner is not None:
-            self.inner.load_state_dict(state["inner"])
-        if self.guard and state["guard"] is not None:
-            self.guard.load_state_dict(state["guard"])
-        self.last_epoch, self._taken = int(state["last_epoch"]), int(state["taken"])
-        self._step_count, self._decided_at = int(state["step_count"]), int(state["decided_at"])
-        self._wanted = [{str(k): float(v) for k, v in own.items()} for own in state["multipliers"]]
-        self._observed = {str(name): float(value) for name, value in state["observed"].items()}
-        self._base.load_state_dict(state["base"])
+            self.inner.load_state_dict(parts[1])
+        if self.guard and parts[2] is not None:
+            self.guard.load_state_dict(parts[2])
+        self.last_epoch, self._taken = numbers["last_epoch"], numbers["taken"]
+        self._step_count, self._decided_at = numbers["step_count"], numbers["decided_at"]
+        self._wanted, self._observed = wanted, observed  # type: ignore[assignment]
+        self._base.load_state_dict(base)
         self._write()
 
     # -------------------------------------------------------------------------
