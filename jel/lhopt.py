@@ -119,6 +119,18 @@ class LhoptController(Controller):
         self._decided += 1
         return self._multipliers()
 
+    def applied(self, held: list[dict[str, float]]) -> None:
+        """What the scheduler wrote, a group each: the user's bounds and the guard may hold other values than ours."""
+        for a, found in enumerate(self._found):
+            for group, own in zip(self._groups, held):
+                name = next((name for name in (found[0] if found else ()) if name in own), None)
+                if name is not None:
+                    factor = own[name] / (own["1-momentum"] if name == "lr" and _sums(group, own) else 1.0)
+                    value = float(self._start[a]) * factor
+                    if abs(value - float(self._values[a])) > 1e-6 * value:
+                        self._values[a] = value
+                    break
+
     def _multipliers(self) -> Multipliers:
         """Of all groups together where they have the same hyperparameters, else by group."""
         factors = (self._values / self._start).tolist()
@@ -172,9 +184,14 @@ def _row(group: dict, found: list[tuple[tuple[str, ...], float] | None], factors
     for knob, factor in zip(found, factors):
         names = [name for name in knob[0] if has(group, name)] if knob else []
         row.update({name: factor for name in names[:1]})
-    if "dampening" in group and "1-momentum" in row:  # SGD sums its gradients: without this, momentum is also a rate
+    if _sums(group, row):  # without this a momentum would also be a rate
         row["lr"] = row.get("lr", 1.0) * row["1-momentum"]
     return row
+
+
+def _sums(group: dict, row: Mapping[str, float]) -> bool:
+    """Whether it is torch's SGD, which sums gradients instead of averaging them, under a momentum of ours."""
+    return "dampening" in group and "1-momentum" in row
 
 
 def _find(optimizer: Optimizer, hyperparameter: str) -> tuple[tuple[str, ...], float] | None:

@@ -54,7 +54,7 @@ def main() -> int:
             plain, watching, n = measure(make_model(size).to(device), OPTIMIZERS[name], args.tokens, args.windows)
             share = f"{100 * watching / plain:.2f}%"
             print0(
-                f"{n:>12,} parameters {name:>9}: {1e3 * plain:9.3f} ms a step, watching {1e3 * watching:.3f} ms, {share}"
+                f"{n:>12,} parameters {name:>9}: {1e3 * plain:.3f} ms a step, watching {1e3 * watching:.3f} ms, {share}"
             )
     return 0
 
