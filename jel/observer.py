@@ -22,7 +22,7 @@ from torch import Tensor
 from jel.errors import JelError
 from jel.momenta import averages_of, denominators_of, gains_of, kind_of_state, param_states
 from jel.pieces import Pieces, inner, total
-from jel.unitless import END_WEIGHTS, INNER, MEASURE_EVERY, SUMS, inner_statistics, new_memory, observe
+from jel.unitless import END_WEIGHTS, INNER, MEASURE_EVERY, SUMS, feature_names, inner_statistics, new_memory, observe
 
 OWN, OWN_KEEP = "own", 0.9  # the observer's own average of gradients
 CLIPPED = 0.999  # a gradient whose norm is below this times its norm before clipping was clipped
@@ -47,6 +47,8 @@ class Observer:
     ):
         if type(every) is not int or every < 1:
             raise JelError(f"every is {every!r}; it must be a number of steps, 1 or more")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise JelError(f"an observer watches a torch optimizer, not {type(optimizer).__name__}")
         self.optimizer, self.every, self.end_weights, self.runs = optimizer, every, tuple(end_weights), runs
         self.memory = new_memory(() if runs is None else (runs,), self.end_weights)
         groups = len(optimizer.param_groups)
@@ -275,6 +277,13 @@ class Observer:
         )
         self._begin_window()
         return features
+
+    def statistics(self, progress: float) -> dict[str, Any]:
+        """`look` for a policy whose knobs are none of relative steps: by name, floats or tensors (E,)."""
+        none = torch.zeros(*(() if self.runs is None else (self.runs,)), 0)
+        found = self.look(progress, none, none)
+        names = feature_names((), self.end_weights)
+        return dict(zip(names, found.tolist() if self.runs is None else found.unbind(-1), strict=True))
 
     def _norms(self) -> tuple[Tensor, Tensor]:
         """|p| and |p - p at the previous decision|, each (E,); the present p is kept for the next decision."""

@@ -25,7 +25,7 @@ class Pieces:
         self._pieces: list[Piece] = []
         filling: dict[tuple, tuple[Piece, int]] = {}
         for i, p in enumerate(params):
-            size = max(1, (CPU_PIECE if p.device.type == "cpu" else DEVICE_PIECE) // (runs or 1))
+            size = CPU_PIECE if p.device.type == "cpu" else DEVICE_PIECE
             n = p.numel() // (runs or 1)
             self.elements += n
             for start in range(0, n, size):
@@ -63,8 +63,10 @@ class Pieces:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of the rows: (E, n), (E, n) -> (E,)."""
-    return torch.dot(a[0], b[0])[None] if len(a) == 1 else torch.linalg.vecdot(a, b)
+    """Inner products of the rows: (E, n), (E, n) -> (E,). On a CPU the bits of a row do not depend on the others."""
+    if len(a) == 1 or a.device.type == "cpu":
+        return torch.stack([torch.dot(x, y) for x, y in zip(a, b)])
+    return torch.linalg.vecdot(a, b)
 
 
 def total(values: Sequence[Tensor]) -> Tensor:

@@ -151,6 +151,7 @@ def main() -> int:
 
     if controller and args.decision_interval > num_iterations:
         print0(f"warning: a decision every {args.decision_interval} steps: the controller decides once, at the start")
+    watch_with(controller, optimizer, compute)
     guard, progress = DivergenceGuard(args.max_recoveries), Progress()
     parts = {"model": model, "optimizer": optimizer, "controller": controller}
     parts |= {"guard": guard, "progress": progress, "cost": cost}
@@ -208,6 +209,8 @@ def main() -> int:
             log.event(step, guard.skip_line(step, judge.loss), guard.tries)
         log.step(step, judge.loss, progress, multipliers, seconds, watch.tick(step + 1))
 
+        if tell := getattr(controller, "observe", None):
+            tell(train_loss=judge.loss)
         step += 1
         leaving = stop.requested() and step < num_iterations
         if leaving or (args.save_every and step % args.save_every == 0 and step < num_iterations):
@@ -323,6 +326,14 @@ def build_optimizer(args: argparse.Namespace, model: GPT, compute: Compute):
 
 # -----------------------------------------------------------------------------
 # deciding, sampling
+
+
+def watch_with(controller: Controller | None, optimizer, compute: Compute) -> None:
+    """Attach a controller that watches the optimizer. Raises `UserError` where what it would see is not the truth."""
+    if attach := getattr(controller, "attach", None):
+        attach(optimizer)
+        if getattr(controller, "watches", False) and compute.world_size > 1:
+            raise UserError("a policy that watches the optimizer runs on one rank: gradients are averaged inside it")
 
 
 def decide(controller: Controller, step: int, steps: int, progress: Progress, evaluator: Evaluator) -> Decision:
