@@ -99,7 +99,10 @@ class PolicyController(Controller):
             self.policy, card = load_policy(policy or default_policy_path())
         training = card.get("training")
         record = training.get("contract") if isinstance(training, dict) else None
-        self.contract = None if record is None else Contract.from_json(record)
+        try:
+            self.contract = None if record is None else Contract.from_json(record)
+        except JelError as e:
+            raise JelError(f"policy card of {policy}: {e}") from None
         self.knobs = self.policy.knobs
         self.watches = self.policy.observes.intersection(WATCHED)
         self.observes = self.policy.observes - self.watches

@@ -23,7 +23,7 @@ from jel.errors import JelError
 LARGEST = sys.float_info.max  # an integer may be finite and yet no float
 SCALES = ("log", "logit")
 
-Multipliers = Mapping[str, Mapping[str, "float | Tensor"]]
+Multipliers = Mapping[str, Mapping[str, float | Tensor]]
 
 IDENTITY: Multipliers = {"*": {"lr": 1.0, "weight_decay": 1.0}}
 

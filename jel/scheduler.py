@@ -113,7 +113,12 @@ class Scheduler(LRScheduler):
         base = BaseValues(first_rates(optimizer.param_groups, inner is not None))
         if attach := getattr(self.controller, "attach", None):  # for one that watches the optimizer
             attach(optimizer)
-        self.last_epoch, wanted = 0, self._first_decision()
+        try:
+            self.last_epoch, wanted = 0, self._first_decision()
+        except BaseException:
+            if detach := getattr(self.controller, "detach", None):
+                detach()
+            raise
 
         _attached[optimizer] = weakref.ref(self)
         self._hook = None  # under "calls" nothing of ours runs within the optimizer's step

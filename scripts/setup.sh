@@ -19,7 +19,7 @@ if [ ! -f "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
     echo "setup: installing into $root/.venv (torch first, then the rest)"
     pip=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     "${pip[@]}" torch==2.13.0      # the version that all reported numbers come from; pyproject.toml accepts torch>=2.9
-    "${pip[@]}" -e "$root[dev]"
+    "${pip[@]}" -e "$root[nanochat,dev]"
     touch "$stamp"
 fi
 export PATH="$root/.venv/bin:$PATH" VIRTUAL_ENV="$root/.venv"

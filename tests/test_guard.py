@@ -164,3 +164,34 @@ def test_bad_guards():
             optimizer.step()
             scheduler.step()
     assert scheduler.last_epoch == 4  # comparisons are 5 steps apart
+
+
+LAWS = [(1.0, 3.0, 0.5), (0.0, 8.0, 0.1), (2.5, 0.7, 1.3), (0.1, 2.0, 0.7)]
+
+
+@pytest.mark.slow
+def test_what_an_extrapolating_guard_catches(capsys):
+    """The table of docs/scheduler.md: noise of 2, 10 and 30%, 20 seeds, a run 1.5 times worse from its middle on."""
+
+    def trips(steps, law, noise, worse, seed):
+        rng, guard = np.random.default_rng(seed), jel.Guard()
+        guard.start(steps, [])
+        for step in range(1, steps + 1):
+            loss = (law[0] + law[1] * step ** -law[2]) * (1 + noise * rng.standard_normal())
+            guard.observe(step, loss * (worse if step > steps / 2 else 1))
+            guard.judge(step)
+            if guard.tripped:
+                return step
+        return 0
+
+    rows = []
+    for steps in (100, 400, 3000):
+        cases = [(steps, law, noise) for law in LAWS for noise in (0.02, 0.1, 0.3)]
+        false = sum(trips(*case, 1.0, seed) > 0 for case in cases for seed in range(20))
+        caught = sum(trips(*case, 1.5, seed) > steps / 2 for case in cases for seed in range(20))
+        rows.append((steps, false, caught, 20 * len(cases)))
+    capsys.readouterr()
+    with capsys.disabled():
+        for steps, false, caught, n in rows:
+            print(f"\n| {steps} | {false} of {n} | {caught} of {n} |", end="")
+    assert rows[2][1] <= 5 and rows[2][2] >= 0.95 * rows[2][3]  # of runs long enough to measure

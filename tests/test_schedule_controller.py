@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from jel import (
+    Contract,
     GaussianPolicy,
+    GroupContract,
     JelError,
     Knob,
     PolicyController,
@@ -122,3 +124,45 @@ def test_schedule_refuses_bad_files(tmp_path):
         ScheduleController(tmp_path / "torn.json")
     with pytest.raises(JelError, match="another schedule"):
         ScheduleController(good).load_state_dict(ScheduleController(good).state_dict() | {"decisions": []})
+
+
+def test_a_policys_contract_travels_to_its_schedule(tmp_path):
+    contract = Contract((GroupContract("*", "adamw", {"lr": 1e-3}),), "constant", 100)
+    save_policy(lively_policy(), tmp_path / "p", {"contract": contract.to_json()})
+    controller = PolicyController(tmp_path / "p")
+    schedule = export_schedule(controller.policy, DECISIONS, controller.contract)
+    assert ScheduleController(json.loads(json.dumps(schedule))).contract == controller.contract == contract
+    save_policy(lively_policy(), tmp_path / "bad", {"contract": {"groups": 3}})
+    with pytest.raises(JelError, match="policy card of .*bad: its contract is malformed"):
+        PolicyController(tmp_path / "bad")
+
+
+def test_schedules_of_version_1_still_load(tmp_path):
+    old = {
+        "format": "jel-schedule",
+        "version": 1,
+        "source": "policy",
+        "decisions": [{"progress": 0.0, "multipliers": {}}],
+    }
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    controller = ScheduleController(tmp_path / "old.json")
+    assert controller.decide({"progress": 0.5}) == {} and controller.contract is None and controller.knobs == ()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"contract": 3}, "contract is malformed"),
+        ({"knobs": 3}, "knobs are no list"),
+        ({"knobs": [{}]}, "describes no knob"),
+        ({"base_curve": [[0.1]]}, "base_curve must be a list"),
+        ({"base_curve": [[0.1, float("nan")]]}, "base_curve must be a list"),
+        ({"base_curve": [[0.2, 1.0], [0.1, 1.0]]}, "base_curve must rise"),
+        ({"decisions": [{"progress": 0.0, "multipliers": {"*": {"lr": 1e6}}}]}, "outside 0.01..100"),
+    ],
+)
+def test_what_a_schedule_of_version_2_may_not_hold(change, message):
+    good = export_schedule(lively_policy(), DECISIONS)
+    ScheduleController(good)
+    with pytest.raises(JelError, match=message):
+        ScheduleController({**good, **change})
