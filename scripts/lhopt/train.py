@@ -59,7 +59,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--model-tag", default="", help="folder under runs/; default lhopt/<preset>-s<seed>")
     flag("--resume", choices=["auto", "none"], default="auto")
     flag("--save-every", type=int, default=20, help="updates")
-    flag("--stop-after", type=int, default=0, help="leave after so many updates, as if stopped; 0: never")
+    flag("--stop-after", type=int, default=0, help="leave after this update, as if stopped; 0: never")
     flag("--workers", type=int, default=1, help="processes that share the groups; the result is the same")
     # the tasks
     flag("--kinds", nargs="+", choices=TRAINING, default=list(TRAINING))
@@ -184,9 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     # loop
 
     watch = Stopwatch(args.updates, done=begun)
+    state = lambda: {"flags": kept_flags, "ppo": trainer.ppo.state_dict(), "seconds": seconds}
     with CheckpointWriter(folder / "checkpoints") as writer:
         while trainer.ppo.updates < args.updates and not stop.requested():
-            if args.stop_after and trainer.ppo.updates - begun >= args.stop_after:
+            if args.stop_after and trainer.ppo.updates >= args.stop_after:
                 break
             t0 = time.process_time()
             record = trainer.update()
@@ -194,30 +195,31 @@ def main(argv: list[str] | None = None) -> int:
             log.log(step=record.pop("update"), **record)
             print_update(record, trainer.ppo.updates, args.updates, watch.tick(trainer.ppo.updates))
             if trainer.ppo.updates % args.save_every == 0:
-                writer.save(
-                    trainer.ppo.updates, {"flags": kept_flags, "ppo": trainer.ppo.state_dict(), "seconds": seconds}
-                )
+                writer.save(trainer.ppo.updates, state())
         trainer.close()
-        if trainer.ppo.updates < args.updates:
-            writer.save(trainer.ppo.updates, {"flags": kept_flags, "ppo": trainer.ppo.state_dict(), "seconds": seconds})
-            print0(f"stopped after update {trainer.ppo.updates}; the same command goes on")
-            return REQUEUE_EXIT_CODE
+        done = trainer.ppo.updates
+        if done < args.updates and done > begun:
+            writer.save(done, state())
 
     # -------------------------------------------------------------------------
-    # done
+    # done, or stopped: the averaged actor so far is a policy too
 
+    episodes = done * args.groups * args.episodes
     card = {
         "flags": kept_flags,
-        "episodes": args.updates * args.groups * args.episodes,
+        "updates_done": done,
+        "episodes": episodes,
         "core_seconds": seconds,
         "tasks": [t.spec for t in tasks],
         "held_out_kinds": list(HELD_OUT),
         "environment": environment_record(compute),
     }
-    averaged = trainer.ppo.averaged
-    save_lhopt_policy(averaged, folder / "policy", card, decisions=args.decisions)
-    log.finish(flags=kept_flags, updates=args.updates, episodes=card["episodes"], core_seconds=seconds)
-    print0(f"done: {card['episodes']} episodes, {format_seconds(seconds)} of one core; {folder / 'policy.safetensors'}")
+    save_lhopt_policy(trainer.ppo.averaged, folder / "policy", card, decisions=args.decisions)
+    if done < args.updates:
+        print0(f"stopped after update {done}; the same command goes on")
+        return REQUEUE_EXIT_CODE
+    log.finish(flags=kept_flags, updates=done, episodes=episodes, core_seconds=seconds)
+    print0(f"done: {episodes} episodes, {format_seconds(seconds)} of one core; {folder / 'policy.safetensors'}")
     return 0
 
 
