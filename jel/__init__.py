@@ -6,7 +6,10 @@ from jel.controller import Controller, Decision, NullController, PolicyControlle
 from jel.errors import JelError
 from jel.features import FEATURES, OBSERVATIONS
 from jel.guard import Guard
+from jel.inner_optimizer import InnerOptimizer, adamw
 from jel.knobs import IDENTITY, Knob, Multipliers, apply_multipliers, validate_multipliers
+from jel.lhopt import LhoptController
+from jel.observer import Observer
 from jel.policy import GaussianPolicy, default_policy_path, load_policy, save_policy
 from jel.registry import load_controller
 from jel.schedule import ScheduleController, export_schedule, load_schedule, make_schedule, save_schedule
@@ -22,6 +25,10 @@ __all__ = [
     "ANY",
     "FEATURES",
     "IDENTITY",
+    "InnerOptimizer",
+    "LhoptController",
+    "Observer",
+    "adamw",
     "OBSERVATIONS",
     "Controller",
     "Decision",

@@ -212,6 +212,22 @@ class InnerOptimizer(torch.optim.Optimizer):
                 self.state[p][name] = value.detach().to(p.device, copy=True)
 
 
+def adamw(
+    params: Iterable,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+    eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 1e-2,
+) -> InnerOptimizer:
+    """AdamW, with bias corrections that stay right when a controller moves the betas: what LHOPT's policy trained with.
+
+    torch's own uses `1 - beta ** step`, as if the beta of the moment had always been there.
+    """
+    numbers = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+    parts = {"clip": None, "denominator": "rms", "decay": "decoupled", "trust_power": 0.0}
+    return InnerOptimizer(params, lr, **numbers, **parts)  # type: ignore[arg-type]
+
+
 def _buckets(group: dict) -> list[tuple[list[Tensor], list[Tensor], int]]:
     """(parameters, gradients in fp32 or wider, how many have a trust ratio) per device and dtype; those come first."""
     found: dict[tuple, list[tuple[Tensor, Tensor]]] = {}

@@ -44,6 +44,10 @@ class Row:
     control: tuple[str, ...] = ("--hparams", "uniform", "--controller", "jel")
 
 
+# a closed loop: how the loss falls, and how gradient, momentum and step go together, in numbers within [-1, 1]
+WATCHES = ["progress", "train_drop", "train_fall", "log_train_loss_cdf_5", "cos_grad_momentum", "cos_grad_update"]
+WATCHES += ["log_noise_scale_cdf_5", "log_straightness_cdf_5"]
+
 ABLATIONS = {
     "paper": Row("the paper's recipe", ["--recipe", "paper"]),
     "paper-grpo": Row("the paper's recipe, standard GRPO", ["--recipe", "paper", "--advantages", "standard"]),
@@ -61,6 +65,7 @@ ABLATIONS = {
     "gradient": Row("gradient penalty 0.1", ["--gradient-penalty", "0.1"]),
     "sees-loss": Row("observes the probe loss too", ["--features", "progress", "log_probe_loss"]),
     "sees-gradient": Row("observes the gradient norm too", ["--features", "progress", "log_grad_norm"]),
+    "watches": Row("watches the optimizer: statistics without units", ["--features", *WATCHES]),
     "no-warmdown": Row("base without warm-down", ["--warmdown-ratio", "0"], ("--warmdown-ratio", "0")),
 }
 EQUAL_BUDGET = {
