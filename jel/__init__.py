@@ -14,6 +14,7 @@ from jel.policy import GaussianPolicy, default_policy_path, load_policy, save_po
 from jel.registry import load_controller
 from jel.schedule import ScheduleController, export_schedule, load_schedule, make_schedule, save_schedule
 from jel.scheduler import Scheduler
+from jel.validation_guard import ValidationGuard
 
 __all__ = [
     "schedules",
@@ -28,6 +29,7 @@ __all__ = [
     "InnerOptimizer",
     "LhoptController",
     "Observer",
+    "ValidationGuard",
     "adamw",
     "OBSERVATIONS",
     "Controller",

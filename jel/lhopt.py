@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch.optim import Optimizer
 
+from jel.actions import StepKnob
 from jel.controller import Controller
 from jel.errors import JelError
 from jel.hyperparameters import FROM_ONE, group_names, has, initial
@@ -34,6 +35,21 @@ WIDE = (1e-9, 1e9)  # of a multiplier: the knobs bound the values themselves
 NEVER_VARIED = 1e-12  # variance of a feature that was the same in all of training
 # what a training environment reports where it does not measure these; a policy from there must not see them vary
 UNMEASURED = {"clipped": 0.0, "above_epsilon": 1.0}
+# The paper's eight knobs of `jel.InnerOptimizer`, with its action sets and bounds; a shift of the logit for `clip`.
+_HALF_OR_DOUBLE = (0.5, 2.0)
+PAPER_KNOBS = tuple(
+    StepKnob(Knob(name, name, scale="logit" if name == "clip" else "log", bounds=bounds), steps)
+    for name, steps, bounds in (
+        ("lr", (0.5, 0.707, 0.9, 1.0, 1.1, 1.414, 2.0), (1e-8, 1.0)),
+        ("weight_decay", _HALF_OR_DOUBLE, (1e-8, 1.0)),
+        ("eps", _HALF_OR_DOUBLE, (1e-8, 1.0)),
+        ("ombeta2", _HALF_OR_DOUBLE, (1e-5, 0.1)),
+        ("ombeta1", _HALF_OR_DOUBLE, (1e-5, 1.0)),
+        ("clip", (-1.0, -0.3, 0.3, 1.0), (1e-10, 1 - 1e-10)),
+        ("clip_decay", (0.5, 1.0, 2.0), (1e-5, 1.0)),
+        ("norm_decay", (1 / 1.5, 1.0, 1.5), (1e-5, 1.0)),
+    )
+)
 # where an optimizer may keep what a policy's knob is called
 NAMES = {"ombeta1": ("1-beta1", "1-momentum"), "ombeta2": ("1-beta2",)}
 

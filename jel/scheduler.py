@@ -148,6 +148,10 @@ class Scheduler(LRScheduler):
             self._write()
         if self.guard and "train_loss" in observations:
             self.guard.observe(self.last_epoch + 1, self._observed["train_loss"])
+        if self.guard and "val_loss" in observations:
+            self.guard.validated(
+                self._taken if self.count == "optimizer" else self.last_epoch, observations["val_loss"]
+            )
         if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
             self._wanted, self._decided_at = self._decide(self.last_epoch, None), self.last_epoch
             self._write()

@@ -13,7 +13,7 @@ import jel
 from jel.errors import JelError
 from jel.inner_optimizer import InnerOptimizer
 from jel.learn.control import run
-from jel.lhopt import LhoptController
+from jel.lhopt import PAPER_KNOBS, LhoptController
 from jel.observer import Observer
 from jel.policy_lstm import LstmPolicy, save_lhopt_policy
 from jel.recipes.lhopt import LhoptRecipe
@@ -154,7 +154,9 @@ class Loop:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            self.scheduler.observe(loss=loss, **({"val_loss": loss.detach() * 1.1} if step % 3 == 0 else {}))
+            self.scheduler.observe(
+                loss=loss, **({"val_loss": loss.detach() * 1.1} if step < 100 and step % 3 == 0 else {})
+            )
             self.scheduler.step()
             self.rates.append(self.optimizer.param_groups[0]["lr"])
         return self
@@ -245,6 +247,21 @@ def test_sgd_momentum_is_no_rate():
     assert ratio["ombeta2"] == 1.0
 
 
+def test_the_papers_eight_knobs_turn_the_papers_optimizer():
+    policy = LstmPolicy(PAPER_KNOBS, hidden=8)
+    with torch.no_grad():
+        policy.heads.weight.mul_(100)
+    loop = Loop(lambda params: InnerOptimizer(params, 1e-2), policy=policy)
+    start = dict(loop.optimizer.param_groups[0])
+    loop.train(range(40))
+    group = loop.optimizer.param_groups[0]
+    names = ("lr", "weight_decay", "eps", "clip", "clip_decay", "norm_decay")
+    moved = {name: group[name] / start[name] for name in names}
+    moved |= {f"beta{i + 1}": (1 - group["betas"][i]) / (1 - start["betas"][i]) for i in range(2)}
+    assert all(abs(ratio - 1) > 1e-3 for ratio in moved.values()), moved
+    assert 0 < group["clip"] < 1 and all(p.isfinite().all() for p in loop.model.parameters())
+
+
 def test_what_cannot_be(tmp_path):
     loop = Loop()
     loop.optimizer.step()
@@ -273,3 +290,59 @@ def test_a_saved_policy_is_named_by_its_path(tmp_path):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
     scheduler = jel.Scheduler(optimizer, 10, str(tmp_path / "mine.json"))
     assert isinstance(scheduler.controller, LhoptController)
+
+
+# -----------------------------------------------------------------------------
+# safety
+
+
+def guarded(**options):
+    """A loop whose guard keeps its weights, and the guard."""
+    kept = {}
+    guard = jel.ValidationGuard(
+        save=lambda: {k: t.clone() for k, t in kept["model"].state_dict().items()},
+        load=lambda state: kept["model"].load_state_dict(state),
+        **options,
+    )
+    loop = Loop(guard=guard)
+    kept["model"] = loop.model
+    return loop, guard
+
+
+def same(model, state):
+    return all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_the_best_weights_on_validation_are_kept():
+    loop, guard = guarded()
+    states = []
+    for step, val in enumerate((3.0, 1.0, 2.0, 1.4)):
+        states.append({k: t.clone() for k, t in loop.model.state_dict().items()})
+        loop.scheduler.observe(val_loss=torch.tensor(val))
+        loop.train([step + 100])  # steps of other data, without a validation loss of their own
+    assert guard.best == 1.0 and guard.tripped is None
+    assert guard.load_best() == 1
+    assert same(loop.model, states[1])
+
+
+@pytest.mark.parametrize("how", ["far above", "not finite", "diverged"])
+def test_a_run_that_leaves_its_best_behind_goes_back_to_it(how, capsys):
+    loop, guard = guarded(every=1)
+    loop.scheduler.observe(val_loss=1.0)
+    best = {k: t.clone() for k, t in loop.model.state_dict().items()}
+    loop.train(range(100, 110, 3))
+    assert not same(loop.model, best) and loop.optimizer.param_groups[0]["lr"] != 1e-3
+    if how == "diverged":
+        loop.optimizer.step()
+        loop.scheduler.observe(loss=float("nan"))
+    else:
+        for _ in range(2 if how == "far above" else 1):
+            loop.optimizer.step()
+            loop.scheduler.observe(loss=1.0, val_loss=1.6 if how == "far above" else float("inf"))
+    loop.scheduler.step()
+    assert same(loop.model, best)
+    assert loop.optimizer.param_groups[0]["lr"] == 1e-3  # the base, to the end
+    assert capsys.readouterr().out.count("back to the base, from the weights of step 0") == 1
+    loop.train(range(120, 126))
+    assert set(loop.rates[-6:]) == {1e-3}
+    assert float(loop.controller._values[0]) == pytest.approx(1e-3)  # and the policy knows
