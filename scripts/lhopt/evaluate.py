@@ -98,7 +98,7 @@ def rows_of(
 ) -> dict:
     """A line of the tables: losses and scores of one method on every task."""
     losses = [results.row(key, task, lambda task=task: compute(task)) for task in tasks]
-    print0(f"{label}: {torch.stack([t.score(x).mean() for t, x in zip(tasks, losses)]).mean():.3f}")
+    print0(f"{label}: {torch.stack([t.paired_score(x).mean() for t, x in zip(tasks, losses)]).mean():.3f}")
     return {"method": label, "price": price, "losses": losses}
 
 

@@ -31,7 +31,7 @@ FAILURE = -0.2  # a mean score below this is one
 def scores_of(results: Results, path: Path, tasks: list[BankTask], starts: str) -> Tensor:
     """Scores (N, R) of a policy on the tasks."""
     key, compute = controlled(path, "mean", starts)
-    return torch.stack([t.score(results.row(key, t, lambda t=t: compute(t))) for t in tasks])
+    return torch.stack([t.paired_score(results.row(key, t, lambda t=t: compute(t))) for t in tasks])
 
 
 def held_out_record(tasks: list[BankTask], scores: Tensor) -> dict:

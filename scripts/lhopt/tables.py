@@ -45,7 +45,7 @@ def score_table(tasks: Sequence[BankTask], lines: Sequence[dict]) -> str:
     head = ["method", "score, 95% interval", *by_kind, "worst task", "mean rank", "runs for a second task"]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line, rank in zip(lines, ranks):
-        scores = torch.stack([task.score(losses) for task, losses in zip(tasks, line["losses"])])
+        scores = torch.stack([task.paired_score(losses) for task, losses in zip(tasks, line["losses"])])
         low, high = bootstrap_interval(scores)
         means = scores.mean(1)
         worst = int(means.argmin())

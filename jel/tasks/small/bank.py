@@ -79,6 +79,14 @@ class BankTask:
         score = (self.default - loss) / max(self.default - self.oracle, 1e-12)
         return score.nan_to_num(-SCORE_CLIP, SCORE_CLIP, -SCORE_CLIP).clamp(-SCORE_CLIP, SCORE_CLIP)
 
+    def paired_score(self, losses: Tensor) -> Tensor:
+        """Test losses (R,) of the bank's seeds -> scores, each against the default run of its own seed; clipped.
+
+        Runs of a seed share start and batches, so that most of the noise cancels. The default scores 0.
+        """
+        score = (self.losses[DEFAULT] - losses) / max(self.default - self.oracle, 1e-12)
+        return score.nan_to_num(-SCORE_CLIP, SCORE_CLIP, -SCORE_CLIP).clamp(-SCORE_CLIP, SCORE_CLIP)
+
 
 def run_schedule(task: SmallTask, seeds: Sequence[int], rates: Tensor, decays: Tensor) -> Tensor:
     """AdamW under rates (T, E) and decays (E,), one run a seed -> test losses (E,)."""
