@@ -30,6 +30,7 @@ from jel.policy import files_digest
 from jel.policy_lstm import LstmPolicy, load_lhopt_policy
 from jel.unitless import MEASURE_EVERY
 
+MOST_MEASUREMENTS = 32  # a window: in training there were at most a few
 DECISIONS = 20  # a run, where the policy's card does not say
 WIDE = (1e-9, 1e9)  # of a multiplier: the knobs bound the values themselves
 NEVER_VARIED = 1e-12  # variance of a feature that was the same in all of training
@@ -58,13 +59,14 @@ class LhoptController(Controller):
     """The policy, its memory, and what it has made of the hyperparameters; all of it is part of the run's state.
 
     `policy`: an `LstmPolicy`, the path of a saved one, or None for the one shipped with the package. `greedy`: the
-    likeliest step of each knob instead of the mean step. `every`: steps between measurements, in a window between two
-    decisions. Raises `JelError` for a policy that cannot be read or that wants checkpoint registers.
+    likeliest step of each knob instead of the mean step. `every`: steps between measurements; None: `MEASURE_EVERY`,
+    or as many as make `MOST_MEASUREMENTS` in a window between two decisions. Raises `JelError` for a policy that cannot
+    be read or that wants checkpoint registers.
     """
 
     observes = frozenset({"progress"})  # the rest it sees through its observer
 
-    def __init__(self, policy: LstmPolicy | str | Path | None = None, greedy: bool = False, every: int = MEASURE_EVERY):
+    def __init__(self, policy: LstmPolicy | str | Path | None = None, greedy: bool = False, every: int | None = None):
         if isinstance(policy, LstmPolicy):
             self.policy, card = copy.deepcopy(policy).requires_grad_(False), dict[str, Any]()
         else:
@@ -72,6 +74,7 @@ class LhoptController(Controller):
         if self.policy.restart.registers:
             raise JelError("this policy saves and loads checkpoints, which a scheduler does not do for it")
         self.greedy, self.every = greedy, every
+        self._window = 0  # steps between two decisions
         self.decisions = int(card.get("decisions", DECISIONS))
         self.digest = files_digest(safetensors.torch.save(self.policy.state_dict()), self.policy.architecture())
         self._constants = {name: value for name, value in UNMEASURED.items() if _never_varied(self.policy, name)}
@@ -81,12 +84,14 @@ class LhoptController(Controller):
 
     def decision_steps(self, total_steps: int) -> list[int]:
         """As in training: so many decisions a run, 0 first, fewer where the run has fewer steps."""
+        self._window = total_steps // self.decisions
         return sorted({round(k * total_steps / self.decisions) for k in range(self.decisions)})
 
     def attach(self, optimizer: Optimizer) -> None:
         """Begin a run of this optimizer, at the values that it has now."""
         self.detach()
-        self.observer = Observer(optimizer, self.every, self.policy.end_weights)
+        every = self.every or max(MEASURE_EVERY, self._window // MOST_MEASUREMENTS)
+        self.observer = Observer(optimizer, every, self.policy.end_weights, constants=self._constants)
         self._found = [_find(optimizer, k.knob.hyperparameter) for k in self.policy.actions.knobs]
         defaults = [sum(k.knob.bounds) / 2 for k in self.policy.actions.knobs]  # of what is not there: never used
         starts = [found[1] if found else value for found, value in zip(self._found, defaults)]
@@ -128,7 +133,7 @@ class LhoptController(Controller):
         if observer.steps and not observer.losses:
             raise JelError("lhopt watches the training loss: call scheduler.observe(loss=loss) at every step")
         relative = actions.relative(self._values, self._start)
-        features = observer.look(observation["progress"], relative, self._last_move, self._constants)
+        features = observer.look(observation["progress"], relative, self._last_move)
         act = self.policy.act(features, self._state, self.greedy)
         self._state, self._last_move = act.state, torch.where(self._there, act.moves, 0.0)
         self._values = torch.where(self._there, actions.apply(self._values, act.moves), self._values)

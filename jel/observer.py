@@ -32,9 +32,10 @@ NAN = float("nan")
 class Observer:
     """Watches `optimizer`; `look` gives the features of a decision and begins the next window of steps.
 
-    With `attach` its hooks are registered on the optimizer; without, the loop calls `before_step` and `after_step`.
-    Where several ranks train one model, each with the averaged gradient, `look` averages over them and is collective.
-    Raises `JelError`, at the step, for gradients that are sparse or sharded.
+    `constants`: inner statistics that are taken to be these values instead of being measured. With `attach` its hooks
+    are registered on the optimizer; without, the loop calls `before_step` and `after_step`. Where several ranks train
+    one model, each with the averaged gradient, `look` averages over them and is collective. Raises `JelError`, at the
+    step, for gradients that are sparse or sharded.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Observer:
         end_weights: Sequence[float] = END_WEIGHTS,
         runs: int | None = None,
         attach: bool = True,
+        constants: Mapping[str, float] | None = None,
     ):
         if type(every) is not int or every < 1:
             raise JelError(f"every is {every!r}; it must be a number of steps, 1 or more")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise JelError(f"an observer watches a torch optimizer, not {type(optimizer).__name__}")
         self.optimizer, self.every, self.end_weights, self.runs = optimizer, every, tuple(end_weights), runs
+        self.constants = dict(constants or {})
         self.memory = new_memory(() if runs is None else (runs,), self.end_weights)
         groups = len(optimizer.param_groups)
         self._kinds: list[str | None] = [None] * groups  # None: not known yet
@@ -189,7 +192,8 @@ class Observer:
         pieces, kind = self._pieces(i, indices, params), str(self._kinds[i])
         grads, weights = pieces.rows([p.grad for p in params]), pieces.rows(params)
         states = param_states(self.optimizer, group, params)
-        denominators, squares = denominators_of(kind, states, group) or (None, False)
+        known = None if "above_epsilon" in self.constants else denominators_of(kind, states, group)
+        denominators, squares = known or (None, False)
         rows = None if denominators is None else pieces.rows(denominators)
         least = group["eps"] ** 2 * self._gathered[i][1] if squares else group.get("eps", 0.0)
         sums: dict[str, list[Tensor]] = {name: [] for name in ("dd", "gd", "abs_d", "above_epsilon")}
@@ -241,13 +245,10 @@ class Observer:
     # at a decision
 
     @torch.no_grad()
-    def look(
-        self, progress: float, relative: Tensor, last_move: Tensor, constants: Mapping[str, float] | None = None
-    ) -> Tensor:
+    def look(self, progress: float, relative: Tensor, last_move: Tensor) -> Tensor:
         """Features (F,) or (E, F) of a decision, on the CPU: `jel.unitless.observe`, whose arguments these are.
 
-        `relative`, `last_move`: (A,) or (E, A). `constants`: inner statistics that are taken to be these values. This
-        waits for the device, and begins a new window.
+        `relative`, `last_move`: (A,) or (E, A). This waits for the device, and begins a new window.
         """
         shape = () if self.runs is None else (self.runs,)
         shaped = lambda t: self._over_ranks(t).float().cpu().expand(self.runs or 1).reshape(shape)
@@ -259,7 +260,7 @@ class Observer:
             rows = self._over_ranks(torch.stack([row.to(home) for row in self._rows])).cpu()  # (M, len(SUMS), E)
             sums = {name: rows[:, k].reshape(-1, *shape) for k, name in enumerate(SUMS)}
             statistics = inner_statistics(sums).mean(0)
-            for name, value in (constants or {}).items():
+            for name, value in self.constants.items():
                 statistics[..., list(INNER).index(name)] = value
             path = sums["dd"].clamp_min(0).sqrt().sum(0) * (self.steps / len(self._rows))
         features, self.memory = observe(

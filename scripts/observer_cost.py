@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from jel.errors import JelError
+from jel.lhopt import UNMEASURED
 from jel.observer import Observer
 from jel.unitless import MEASURE_EVERY
 from nanochat.common import print0, run_main
@@ -64,7 +65,7 @@ def measure(model: nn.Module, make_optimizer, tokens: int, windows: int) -> tupl
     device = next(model.parameters()).device
     optimizer = make_optimizer(model.parameters())
     x = torch.randn(tokens, next(model.parameters()).numel(), device=device)
-    observer = Observer(optimizer, attach=False)
+    observer = Observer(optimizer, attach=False, constants=UNMEASURED)  # as under "lhopt"
 
     def now() -> float:
         if device.type == "cuda":

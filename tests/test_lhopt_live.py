@@ -229,6 +229,11 @@ def test_a_recorded_run_replays_without_the_policy_and_at_another_length():
         jel.Scheduler(other, 40, schedule)
 
 
+def test_long_windows_are_not_measured_more_often_than_need_be():
+    for total, every in ((40, 4), (2000, 4), (20 * 3200, 100)):
+        assert Loop(total=total).controller.observer.every == every
+
+
 def test_the_users_bounds_hold_and_the_policy_knows():
     loop = Loop(bounds={"lr": (0.9, 1.1)}).train(range(40))
     assert all(0.9e-3 <= rate <= 1.1001e-3 for rate in loop.rates)
