@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jel.features import FEATURES
+from jel.features import FEATURES, WATCHED
 from jel.learn.advantages import RETURNS
 from jel.learn.search import SEARCHES
 from jel.recipes.jel import ADVANTAGES
@@ -51,7 +51,7 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--nan-penalty", type=float, help="what an episode that blows up loses; default: its starting loss")
     # policy and its update
     what = "what the policy observes, see jel/features.py"
-    flag("--features", nargs="+", choices=list(FEATURES), default=["progress"], metavar="NAME", help=what)
+    flag("--features", nargs="+", choices=[*FEATURES, *WATCHED], default=["progress"], metavar="NAME", help=what)
     flag("--policy-hidden", type=int, default=64)
     flag("--initial-log-std", type=float, default=-0.5)
     flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")

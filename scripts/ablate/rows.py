@@ -7,6 +7,9 @@ from dataclasses import dataclass
 UNIFORM = ("--hparams", "uniform", "--controller", "jel")
 HELD = ("--hparams", "uniform", "--controller", "schedule")  # under a policy's mean decision, held
 GRPO = [*"--learner grpo --returns total --policy-lr-schedule linear --policy-lr 6e-3 --compare 0".split()]
+# a closed loop: how the loss falls, and how gradient, momentum and step go together, in numbers within [-1, 1]
+WATCHES = ["progress", "train_drop", "train_fall", "log_train_loss_cdf_5", "cos_grad_momentum", "cos_grad_update"]
+WATCHES += ["log_noise_scale_cdf_5", "log_straightness_cdf_5"]
 SEES = [*GRPO, "--noise-correlation", "0.9"]  # a critic of given actions cannot use what is observed
 
 
@@ -64,6 +67,9 @@ ABLATIONS = {
     "smooth": Row("smoothness penalty 0.1", ["--smoothness-penalty", "0.1"]),
     "gradient": Row("gradient penalty 0.1", ["--gradient-penalty", "0.1"]),
     "sees-loss": Row("policy gradients that see the probe loss", [*SEES, "--features", "progress", "log_probe_loss"]),
+    "watches": Row(
+        "policy gradients that watch the optimizer: statistics without units", [*SEES, "--features", *WATCHES]
+    ),
     "sees-nothing": Row("policy gradients at the same noise", SEES),
     "no-warmdown": Row("base without warm-down", ["--warmdown-ratio", "0"], NO_WARMDOWN),
     "no-warmdown-mean": Row(
