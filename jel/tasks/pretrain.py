@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from jel.contract import Contract
 from jel.errors import JelError
 from jel.features import WATCHED
 from jel.knobs import Multipliers, apply_multipliers
@@ -51,6 +52,12 @@ def group_names(config: GPTConfig) -> tuple[str, ...]:
     """The names of the param groups of a model of this shape."""
     with torch.device("meta"):
         return tuple(group["name"] for group in GPT(config).setup_optimizer().param_groups)
+
+
+def contract_of(config: GPTConfig, make_optimizer: Callable[[GPT], MuonAdamW], steps: int, schedule: str) -> Contract:
+    """What multipliers learned on this base over runs of so many steps are for; `schedule` names the base schedule."""
+    with torch.device("meta"):
+        return Contract.of(make_optimizer(GPT(config)), steps, schedule)
 
 
 class PretrainTask:
