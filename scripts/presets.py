@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
         "meta_train --recipe jel": _TINY_JEL,
     },
-    # 13 times tiny's tokens a run, in batches 16 times an episode's. Learning is tiny's, and costs less than such a run.
+    # 13 times tiny's tokens a run, in batches 16 times an episode's: learning costs less than one.
     "small": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
