@@ -117,3 +117,16 @@ def test_restart_choices():
     assert restart.size == 5 and Restart(0).size == 0
     assert [restart.saves(choices, r).nonzero().item() for r in range(2)] == [1, 3]
     assert [restart.loads(choices, r).nonzero().item() for r in range(2)] == [2, 4]
+
+
+def test_the_shipped_policy_tells_a_low_start_from_a_high_one():
+    """Under the same losses, steps a thousand times smaller than the parameters' usual call for a higher rate."""
+    shipped, card = load_lhopt_policy()
+    names, moves = shipped.features, []
+    assert card["decisions"] == 20 and set(card["held_out"]) == {"default", "random"}
+    for ratio in (-11.0, -2.0):
+        x = shipped.trunk.norm.mean.clone()
+        x[names.index("progress")] = 0.15
+        x[names.index("log_update_ratio")] = ratio
+        moves.append(shipped.act(x, shipped.initial_state()).moves[shipped.actions.names.index("lr")].item())
+    assert moves[0] > moves[1]
