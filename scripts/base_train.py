@@ -224,12 +224,12 @@ def main() -> int:
         judge.expect(step, multipliers, held)
         train_step(forward, optimizer, [loader.get(step, i) for i in range(accumulation)], compute, accept=judge)
 
-        if tell := getattr(controller, "observe", None):
-            tell(train_loss=judge.loss)
         step += 1
         leaving = stop.requested(step) and step < num_iterations
         pause = leaving or step == num_iterations or any(n > 0 and step % n == 0 for n in pauses)
         for made in judge.look(everything=pause):  # this step; on a GPU the one before it, unless there is a pause
+            if tell := getattr(controller, "observe", None):
+                tell(train_loss=made.loss)
             warm_up = forward is not model and cost.steps - spent < 2
             cost.add_step(made.seconds, warm_up)
             if made.verdict is Verdict.GO_BACK:
