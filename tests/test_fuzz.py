@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jel import apply_multipliers
 from jel.errors import JelError
-from jel.policy import GaussianPolicy, _digest, load_policy, policy_files, save_policy
+from jel.policy import GaussianPolicy, files_digest, load_policy, policy_files, save_policy
 from jel.schedule import ScheduleController, export_schedule, load_schedule
 from nanochat.checkpoint import load_checkpoint, save_checkpoint
 from nanochat.common import UserError, run_main
@@ -141,7 +141,7 @@ def test_policies_with_a_matching_hash_but_hostile_values(policy, tmp_path, chan
     hostile = altered(json.loads(card.read_text()), change)
     raw = mutated(weights.read_bytes(), data) if data[1] < 0.5 else weights.read_bytes()
     if isinstance(hostile, dict) and {"sha256", "features", "hidden", "knobs"} <= hostile.keys():
-        hostile["sha256"] = _digest(raw, {key: hostile[key] for key in ("features", "hidden", "knobs")})
+        hostile["sha256"] = files_digest(raw, {key: hostile[key] for key in ("features", "hidden", "knobs")})
     (tmp_path / "p.safetensors").write_bytes(raw)
     (tmp_path / "p.json").write_text(json.dumps(hostile))
     with only_expected_errors():

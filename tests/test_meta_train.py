@@ -115,7 +115,7 @@ def test_killed_and_stopped_and_resumed_is_undisturbed(base, smoke, train, undis
     before = (base / "runs" / "meta-torn" / "policy.safetensors").stat().st_mtime_ns
     assert train("meta-torn") == 0 and "already finished" in capsys.readouterr().out
     assert (base / "runs" / "meta-torn" / "policy.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="--policy-lr 0.0003 -> 0.1"):
+    with pytest.raises(UserError, match="--policy-lr 0.01 -> 0.1"):
         train("meta-torn", "--policy-lr", "0.1")
 
 

@@ -129,6 +129,6 @@ class ActorCriticUpdate:
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly where `state_dict` was taken. Raises `JelError` if it is that of another policy network."""
         load_learner_state(state["learner"], self.policy, self.optimizer, self.generator)
-        self._episodes = {name: t.clone() for name, t in state["episodes"].items()}
+        self._episodes = {name: t.clone() for name, t in state.get("episodes", {}).items()}
         if self._episodes:
             self.critic.condition(state["critic"], **self._episodes)
