@@ -187,10 +187,10 @@ def _difference(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
         return ""
     if not any(pairs):
         return "the same"
-    number = f" (n = {len(pairs)})" if len(pairs) < 5 else ""  # too few for a verdict
     mean, half = statistics.mean(pairs), T975[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
     verdict = "better" if mean + half < 0 else "**worse**" if mean - half > 0 else "not shown"
-    return f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f}) {verdict}{number}"
+    verdict = verdict if len(pairs) >= 5 else f"n = {len(pairs)}, no verdict"
+    return f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f}) {verdict}"
 
 
 def main() -> None:
