@@ -70,7 +70,7 @@ def head_losses(x: Tensor, weight: Tensor, targets: Tensor, vocab: int) -> Tenso
     with torch.autocast(x.device.type, enabled=False):
         w = weight.to(x.dtype)
         for part in _chunks(x, w):
-            _launch(_product(x[:, part], w.mT), targets[:, part], None, losses[:, part], vocab)
+            _launch(product(x[:, part], w.mT), targets[:, part], None, losses[:, part], vocab)
     return losses
 
 
@@ -91,10 +91,10 @@ def head_gradients(
     with torch.autocast(x.device.type, enabled=False):
         w = weight.to(x.dtype)
         for part in _chunks(x, w):
-            logits = float8_product(x[0, part], w[0])[None] if float8 else _product(x[:, part], w.mT)
+            logits = float8_product(x[0, part], w[0])[None] if float8 else product(x[:, part], w.mT)
             _launch(logits, targets[:, part], factors[:, part], losses[:, part], vocab)  # logits -> their gradient
-            grad_x[:, part] = _product(logits, w)
-            share = _product(logits.mT, x[:, part], torch.float32)
+            grad_x[:, part] = product(logits, w)
+            share = product(logits.mT, x[:, part], torch.float32)
             grad_w = share if grad_w is None else grad_w.add_(share)
             del logits  # before the next chunk's
     return losses, grad_x, grad_w
@@ -112,7 +112,7 @@ def _chunks(x: Tensor, w: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, x.size(1), rows)]
 
 
-def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """(R, n, k), (R, k, m) -> (R, n, m), accumulated in fp32 and, if asked for, kept so."""
     if out_dtype is not None and not a.is_cuda:
         a, b, out_dtype = a.to(out_dtype), b.to(out_dtype), None  # PyTorch has such products for CUDA only
