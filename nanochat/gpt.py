@@ -217,16 +217,16 @@ class GPT(nn.Module):
             block.mlp.kernel = mlp
         self.kernels = (
             f"attention: {self.backend}; loss: {'full logits' if self.loss_kernel == 'plain' else self.loss_kernel}; "
-            f"MLP: {mlp}; torch.compile: "
-            + ("on" if compiled else "off, on a CPU its start costs more than it gains")
+            f"MLP: {mlp}; torch.compile: " + ("on" if compiled else "off, on a CPU its start costs more than it gains")
         )
         if not compiled:
             return self
         if self.loss_kernel in PACKAGES:  # the head stays outside the graph
             if cuda_graphs:
-                raise UserError(f"CUDA graphs hold the whole step, but the loss kernel {self.loss_kernel} is outside it")
-            hidden = torch.compile(self.hidden, dynamic=False, fullgraph=True)
-            return lambda idx, targets, loss_reduction="mean": self.read_out(hidden(idx), targets, loss_reduction)
+                raise UserError(
+                    f"CUDA graphs hold the whole step, but the loss kernel {self.loss_kernel} is outside it"
+                )
+            return partly_compiled(self)
         if cuda_graphs:
             return replayed(torch.compile(self, dynamic=False, fullgraph=True, mode="reduce-overhead"))
         return torch.compile(self, dynamic=False, fullgraph=True)
@@ -376,6 +376,17 @@ class GPT(nn.Module):
         covered, total = sum(p.numel() for g in groups for p in g["params"]), sum(p.numel() for p in self.parameters())
         assert covered == total, f"the groups hold {covered} of {total} parameters"
         return MuonAdamW(groups, rank=rank, world_size=world_size)
+
+
+def partly_compiled(model: GPT) -> Callable:
+    """A model's call in training whose loss is computed outside the compiled graph."""
+    hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
+
+    def forward(idx, targets, loss_reduction="mean"):
+        return model.read_out(hidden(idx), targets, loss_reduction)
+
+    forward.runs = model.runs  # what `nanochat.loss_eval` asks of a model
+    return forward
 
 
 def replayed(compiled: Callable) -> Callable:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nanochat.float8 import float8_product
+from nanochat.loss_packages import LOGITS_HELD
 
 BLOCK, NUM_WARPS = 2048, 8  # columns that a program reads at a time: 8 a thread, a load of 16 bytes in bf16
-CHUNK_ELEMENTS = 1 << 30  # logits held at a time, 2 GB in bf16: the fewer chunks, the larger the matrix products
+CHUNK_ELEMENTS = LOGITS_HELD
 
 # With z = sigmoid(2/15 logit) the capped logit is 15 (2 z - 1). e^(30 z) is its exponential times e^15, which cancels;
 # it is at most e^30, so no maximum need be subtracted: a row's sum is one pass, and its gradient a second one.

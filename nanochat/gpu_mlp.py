@@ -63,9 +63,7 @@ def _(x, up, down):
 
 
 @torch.library.custom_op("nanochat::relu2_mlp_gradients", mutates_args=())
-def relu2_mlp_gradients(
-    grad: Tensor, x: Tensor, up: Tensor, down: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def relu2_mlp_gradients(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x in its dtype, and of up and down in fp32, given that of the output (R, N, C)."""
     with torch.autocast(x.device.type, enabled=False):
         grad = grad.to(x.dtype)

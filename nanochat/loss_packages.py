@@ -16,7 +16,9 @@ from torch import Tensor
 from nanochat.common import UserError
 
 PACKAGES = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}  # a kernel's name, and what it imports
-CHUNK_ELEMENTS = 1 << 30  # logits that Liger may hold at a time, as many as our own kernel
+LOGITS_HELD = (
+    1 << 30
+)  # logits that a kernel may hold at a time, 2 GB in bf16; the fewer chunks, the larger the products
 
 
 def package_loss(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, kernel: str, reduction: str) -> Tensor:
@@ -34,7 +36,7 @@ def package_loss(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, ker
 
 def _liger(x, weight, targets, softcap, reduction):
     f = _function("liger")
-    more = _taken(f, accum_dtype=torch.float32, chunk_mem_const=max(1, CHUNK_ELEMENTS // x.numel()))
+    more = _taken(f, accum_dtype=torch.float32, chunk_mem_const=max(1, LOGITS_HELD // x.numel()))
     return f(x, weight, targets, ignore_index=-1, softcap=softcap, reduction=reduction, **more)
 
 

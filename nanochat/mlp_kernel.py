@@ -45,7 +45,9 @@ def mlp_kernel_for(
     if asked != "auto":
         raise UserError(f"MLP kernel {asked!r} is not available here; there is {', '.join(names)}")
     (R, N, *sizes) = shape
-    return measured_mlp((R, min(N, max(1, MEASURED_TOKENS // (R or 1))), *sizes), compiled) if len(names) > 1 else "plain"
+    return (
+        measured_mlp((R, min(N, max(1, MEASURED_TOKENS // (R or 1))), *sizes), compiled) if len(names) > 1 else "plain"
+    )
 
 
 @cache
