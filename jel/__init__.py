@@ -8,11 +8,15 @@ from jel.controller import Controller, Decision, NullController, PolicyControlle
 from jel.errors import JelError
 from jel.features import FEATURES, OBSERVATIONS
 from jel.guard import Guard
+from jel.inner_optimizer import InnerOptimizer, adamw
 from jel.knobs import IDENTITY, Knob, Multipliers, apply_multipliers, validate_multipliers
+from jel.lhopt import LhoptController
+from jel.observer import Observer
 from jel.policy import GaussianPolicy, default_policy_path, load_policy, save_policy
 from jel.registry import load_controller
 from jel.schedule import ScheduleController, export_schedule, load_schedule, make_schedule, save_schedule
 from jel.scheduler import Scheduler
+from jel.validation_guard import ValidationGuard
 
 if TYPE_CHECKING:
     from jel.fitting.fit import fit as fit
@@ -36,6 +40,11 @@ __all__ = [
     "ANY",
     "FEATURES",
     "IDENTITY",
+    "InnerOptimizer",
+    "LhoptController",
+    "Observer",
+    "ValidationGuard",
+    "adamw",
     "OBSERVATIONS",
     "Controller",
     "Decision",

@@ -11,10 +11,16 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from jel.contract import Contract
 from jel.errors import JelError
+from jel.features import WATCHED
 from jel.knobs import IDENTITY, Multipliers
+from jel.observer import Observer
 from jel.policy import GaussianPolicy, default_policy_path, load_policy, policy_digest
 
 
@@ -39,7 +45,11 @@ def as_decision(decided: Decision | Multipliers) -> Decision:
 
 
 class Controller:
-    """What a training loop holds. Subclassing is optional: any class with these four members will do."""
+    """What a training loop holds. Subclassing is optional: any class with these four members will do.
+
+    One that watches the optimizer has three more, which loops call where they are there: `attach(optimizer)` when a run
+    begins, `detach()` when it ends, and `observe(train_loss=...)` after every step.
+    """
 
     observes: frozenset[str] = frozenset({"progress"})  # the observations that `decide` needs
 
@@ -94,14 +104,41 @@ class PolicyController(Controller):
         except JelError as e:
             raise JelError(f"policy card of {policy}: {e}") from None
         self.knobs = self.policy.knobs
-        self.observes = self.policy.observes
+        self.watches = self.policy.observes.intersection(WATCHED)
+        self.observes = self.policy.observes - self.watches
+        if self.watches:
+            self.observes |= {"progress"}
+        self.observer: Observer | None = None
         self.digest = policy_digest(self.policy)
 
+    def attach(self, optimizer: Optimizer) -> None:
+        """Begin a run of this optimizer; a policy that reads statistics of the optimizer watches it from now on."""
+        self.detach()
+        if self.watches:
+            self.observer = Observer(optimizer)
+
+    def detach(self) -> None:
+        """Stop watching."""
+        if self.observer is not None:
+            self.observer.close()
+        self.observer = None
+
+    def observe(self, train_loss: Any = None, **others: Any) -> None:
+        """The training loss of a step, for a policy that watches."""
+        if self.observer is not None:
+            self.observer.observe(train_loss)
+
     def decide(self, observation: Mapping[str, float]) -> Multipliers:
-        return self.policy.mean_multipliers({name: float(observation[name]) for name in self.observes})
+        seen: dict[str, float | Tensor] = {name: float(observation[name]) for name in self.observes}
+        if self.watches:
+            if self.observer is None:
+                raise JelError("this policy watches the optimizer: the loop must call attach(optimizer) first")
+            seen |= self.observer.statistics(float(seen["progress"]))
+        return self.policy.mean_multipliers(seen)
 
     def state_dict(self) -> dict:
-        return {"policy_sha256": self.digest}
+        watched = {"observer": self.observer.state_dict()} if self.observer is not None else {}
+        return {"policy_sha256": self.digest, **watched}
 
     def load_state_dict(self, state: dict) -> None:
         if state.get("policy_sha256") != self.digest:
@@ -110,3 +147,5 @@ class PolicyController(Controller):
                 f"the saved run was controlled by policy {theirs[:12]}, this is policy {self.digest[:12]}: "
                 "resume with the policy that the run began with"
             )
+        if self.observer is not None and "observer" in state:
+            self.observer.load_state_dict(state["observer"])

@@ -98,6 +98,9 @@ class Guard:
             self._base = self.smooth * self._base + (1 - self.smooth) * self._base_at(step)
             self._weight = self.smooth * self._weight + (1 - self.smooth)
 
+    def validated(self, step: int, loss: float | Tensor) -> None:
+        """The validation loss after so many steps, which this guard does not look at (jel/validation_guard.py does)."""
+
     def holds_base(self, step: int) -> bool:
         """Whether the base's values hold at this step."""
         return self.tripped is not None or step < self._until

@@ -160,10 +160,11 @@ def policy_files(path: str | Path) -> tuple[Path, Path]:
 
 def policy_digest(policy: GaussianPolicy) -> str:
     """The name of this very policy: the sha256 of its weights file and of what they are the weights of."""
-    return _digest(safetensors.torch.save(policy.state_dict()), policy.architecture())
+    return files_digest(safetensors.torch.save(policy.state_dict()), policy.architecture())
 
 
-def _digest(weights: bytes, architecture: dict) -> str:
+def files_digest(weights: bytes, architecture: dict) -> str:
+    """The sha256 of a weights file and of what its tensors are the weights of."""
     return hashlib.sha256(weights + json.dumps(architecture, sort_keys=True).encode()).hexdigest()
 
 
@@ -202,7 +203,7 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
         policy = GaussianPolicy([Knob.from_json(knob) for knob in knobs], features, card.get("hidden", 0))
     except JelError as e:
         raise JelError(f"policy card {card_path}: {e}") from None
-    if _digest(data, policy.architecture()) != card.get("sha256"):
+    if files_digest(data, policy.architecture()) != card.get("sha256"):
         raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
     try:
         tensors = safetensors.torch.load(data)

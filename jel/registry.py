@@ -9,10 +9,11 @@ from collections.abc import Callable
 from jel.controller import Controller, PolicyController
 from jel.errors import JelError
 from jel.features import OBSERVATIONS
+from jel.lhopt import LhoptController
 from jel.schedule import ScheduleController
 
 # name -> what makes the controller; `jel.Scheduler` takes these names too
-CONTROLLERS: dict[str, Callable[[], Controller]] = {"jel": PolicyController}
+CONTROLLERS: dict[str, Callable[[], Controller]] = {"jel": PolicyController, "lhopt": LhoptController}
 
 
 def load_controller(spec: str, policy: str | None = None) -> Controller | None:

@@ -28,6 +28,7 @@ from jel.errors import JelError
 from jel.features import OBSERVATIONS
 from jel.guard import Guard
 from jel.hyperparameters import copied, group_names, has, initial, live
+from jel.recording import recorded_schedule
 from jel.schedule import ScheduleController
 from jel.source import Source
 
@@ -94,6 +95,7 @@ class Scheduler(LRScheduler):
             _check_contract(source, optimizer, total_steps, base_schedule)
 
         self.total_steps, self.inner, self.count = total_steps, inner, count
+        self._base_schedule = base_schedule
         self.guard = guard if isinstance(guard, Guard) else Guard() if guard else None
         self.optimizer, self.controller, self._source = optimizer, source.controller, source
         self._bounds, self._max_change = bounds, max_change
@@ -101,6 +103,7 @@ class Scheduler(LRScheduler):
         self._names = group_names(optimizer)
         self._observed: dict[str, float | Tensor] = {}
         self._wanted: Held = [{} for _ in self._names]  # the controller's; the guard may hold others
+        self._decided: list[tuple[int, Held]] = []
         self._decided_at, self._taken, self._idle = -1, 0, 0
         if isinstance(self.controller, ScheduleController):  # all that it will ever ask for is known: check it now
             self._check_decisions(self.controller.decisions)
@@ -145,6 +148,10 @@ class Scheduler(LRScheduler):
             self._write()
         if self.guard and "train_loss" in observations:
             self.guard.observe(self.last_epoch + 1, self._observed["train_loss"])
+        if self.guard and "val_loss" in observations:
+            self.guard.validated(
+                self._taken if self.count == "optimizer" else self.last_epoch, observations["val_loss"]
+            )
         if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
             self._wanted, self._decided_at = self._decide(self.last_epoch, None), self.last_epoch
             self._write()
@@ -183,6 +190,11 @@ class Scheduler(LRScheduler):
         """What holds now, by param group (its name, or its index) and hyperparameter."""
         return {name: dict(own) for name, own in zip(self._names, self._held())}
 
+    def recorded(self) -> dict[str, Any]:
+        """The decisions so far as a schedule that replays without the controller, at any length (jel/recording.py)."""
+        about = self.total_steps, self._names, self.optimizer, self._base_schedule, f"recorded from {self._source.name}"
+        return recorded_schedule(self._decided, *about, self._source.knobs)
+
     def get_lr(self) -> list[float | Tensor]:
         """The learning rates that this scheduler has written, a group each."""
         return list(self._last_lr)
@@ -211,6 +223,7 @@ class Scheduler(LRScheduler):
             "taken": self._taken,
             "decided_at": self._decided_at,
             "multipliers": [dict(own) for own in self._wanted],
+            "decided": [[step, [dict(own) for own in held]] for step, held in self._decided],
             "base": self._base.state_dict(),
             "observed": {name: float(value) for name, value in self._observed.items()},
             "controller": self.controller.state_dict(),
@@ -242,6 +255,10 @@ class Scheduler(LRScheduler):
             groups = self._groups()
             if len(base) != len(wanted) or not all(has(g, k) for g, own in zip(groups, base) for k in own):
                 raise ValueError("base values of other groups")
+            decided = [
+                (int(step), [{str(k): float(v) for k, v in own.items()} for own in held])
+                for step, held in state["decided"]
+            ]
             parts = state["controller"], state["inner"], state["guard"]
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise JelError(f"the saved state is malformed ({type(e).__name__}: {e})") from None
@@ -252,7 +269,7 @@ class Scheduler(LRScheduler):
             self.guard.load_state_dict(parts[2])
         self.last_epoch, self._taken = numbers["last_epoch"], numbers["taken"]
         self._step_count, self._decided_at = numbers["step_count"], numbers["decided_at"]
-        self._wanted, self._observed = wanted, observed  # type: ignore[assignment]
+        self._wanted, self._observed, self._decided = wanted, observed, decided  # type: ignore[assignment]
         self._base.load_state_dict(base)
         self._write()
 
@@ -317,7 +334,9 @@ class Scheduler(LRScheduler):
                 raise JelError("the controller asks to go back, and there is no guard with a snapshot to go back to")
             self.guard.go_back(step - decision.go_back)
         wanted = multipliers_of_groups(decision.multipliers, self._names, self._groups())
-        return bounded(wanted, before, self._names, self._source.knobs, self._bounds, self._max_change)
+        wanted = bounded(wanted, before, self._names, self._source.knobs, self._bounds, self._max_change)
+        self._decided = [(at, held) for at, held in self._decided if at < step] + [(step, wanted)]
+        return wanted
 
     def _held(self) -> Held:
         if self.guard and self.guard.holds_base(self.last_epoch):
@@ -325,8 +344,10 @@ class Scheduler(LRScheduler):
         return self._wanted
 
     def _write(self) -> None:
-        groups = self._groups()
-        self._base.write(groups, self._held())
+        groups, held = self._groups(), self._held()
+        self._base.write(groups, held)
+        if applied := getattr(self.controller, "applied", None):  # bounds and the guard may have had their say
+            applied(held)
         self._last_lr = [copied(live(group, "lr")) for group in groups]
 
     def _groups(self) -> list[dict[str, Any]]:

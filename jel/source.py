@@ -20,6 +20,8 @@ from jel.controller import Controller, PolicyController
 from jel.errors import JelError
 from jel.files import read_json
 from jel.hyperparameters import group_names, has
+from jel.lhopt import LhoptController
+from jel.policy_lstm import FORMAT as LHOPT_FORMAT
 from jel.registry import CONTROLLERS, check_controller
 from jel.schedule import FORMAT, ScheduleController, checked_schedule, export_schedule, shape_of
 
@@ -110,6 +112,8 @@ def _from_path(path: Path) -> tuple[str, Controller]:
         record = read_json(path, "schedule")
         if isinstance(record, dict) and record.get("format") == FORMAT:
             return f"schedule {path}", ScheduleController(checked_schedule(record, f"schedule {path}"))
+        if isinstance(record, dict) and record.get("format") == LHOPT_FORMAT:
+            return f"policy {path}", LhoptController(path)
         if not (isinstance(record, dict) and record.get("format") == "jel-policy"):
             raise JelError(f"{path} holds neither a schedule nor the card of a policy")
     return f"policy {path}", PolicyController(path)

@@ -201,6 +201,17 @@ class MuonAdamW(torch.optim.Optimizer):
         """The state tensors of a batched model on one rank, each with the number of its run axis R."""
         return [(t, 0 if shard.group["kind"] == "adamw" else 1) for shard in self._shards for t in shard.state.values()]
 
+    def param_state(self, group: dict) -> list[dict[str, torch.Tensor]]:
+        """The state of a group's parameters on one rank, a dict each, under the names of torch's own optimizers.
+
+        Each tensor has its parameter's shape and is a view into the state: for whoever watches the optimizer.
+        """
+        shard = next(shard for shard in self._shards if shard.group is group)
+        count = range(len(group["params"]))
+        if group["kind"] == "muon":
+            return [{"momentum_buffer": shard.state["momentum_buffer"][i]} for i in count]
+        return [{name: shard.state[f"{name}.{i}"] for name in ("exp_avg", "exp_avg_sq")} for i in count]
+
     def state_dict(self) -> dict:
         """`{group name: {tensor name: full tensor, "step": int}}`, alike on all ranks; collective on several ranks."""
         return {shard.group["name"]: shard.state_dict() for shard in self._shards}

@@ -181,6 +181,7 @@ def main() -> int:
 
     if controller and args.decision_interval > num_iterations:
         print0(f"warning: a decision every {args.decision_interval} steps: the controller decides once, at the start")
+    watch_with(controller, optimizer, compute)
     guard, progress = DivergenceGuard(args.max_recoveries), Progress()
     parts = {"model": model, "optimizer": optimizer, "controller": controller}
     parts |= {"guard": guard, "progress": progress, "cost": cost}
@@ -231,6 +232,8 @@ def main() -> int:
         leaving = stop.requested(step) and step < num_iterations
         pause = leaving or step == num_iterations or any(n > 0 and step % n == 0 for n in pauses)
         for made in judge.look(everything=pause):  # this step; on a GPU the one before it, unless there is a pause
+            if tell := getattr(controller, "observe", None):
+                tell(train_loss=made.loss)
             warm_up = forward is not model and cost.steps - spent < 2
             cost.add_step(made.seconds, warm_up)
             if made.verdict is Verdict.GO_BACK:
@@ -381,6 +384,14 @@ def build_optimizer(args: argparse.Namespace, model: GPT, compute: Compute):
 
 # -----------------------------------------------------------------------------
 # deciding, sampling
+
+
+def watch_with(controller: Controller | None, optimizer, compute: Compute) -> None:
+    """Attach a controller that watches the optimizer. Raises `UserError` where what it would see is not the truth."""
+    if attach := getattr(controller, "attach", None):
+        attach(optimizer)
+        if getattr(controller, "watches", False) and compute.world_size > 1:
+            raise UserError("a policy that watches the optimizer runs on one rank: gradients are averaged inside it")
 
 
 def decide(controller: Controller, step: int, steps: int, progress: Progress, evaluator: Evaluator) -> Decision:

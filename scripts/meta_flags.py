@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jel.features import FEATURES
+from jel.features import FEATURES, WATCHED
 from jel.learn.advantages import RETURNS
 from jel.learn.search import SEARCHES
 from jel.recipes.jel import ADVANTAGES
@@ -25,7 +25,7 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
         "--recipe",
         choices=list(RECIPES),
         default="jel",
-        help="paper: Table 2; jel: per-group control, see docs/design.md",
+        help="paper: Table 2; jel: per-group control, see docs/design.md; lhopt: a program of its own, docs/lhopt.md",
     )
     flag("--method", choices=["jel", *SEARCHES], default="jel", help="jel: learn; others: search for constants instead")
     what = "file in which several searches, each with a --seed of its own, share what they find (needs optuna)"
@@ -51,7 +51,7 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--nan-penalty", type=float, help="what an episode that blows up loses; default: its starting loss")
     # policy and its update
     what = "what the policy observes, see jel/features.py"
-    flag("--features", nargs="+", choices=list(FEATURES), default=["progress"], metavar="NAME", help=what)
+    flag("--features", nargs="+", choices=[*FEATURES, *WATCHED], default=["progress"], metavar="NAME", help=what)
     flag("--policy-hidden", type=int, default=64)
     flag("--initial-log-std", type=float, default=-0.5)
     flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")
@@ -85,7 +85,12 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--cuda-graphs", action="store_true", help=what)
     flag("--policy-lr", type=float, default=3e-4)
     flag("--policy-lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the end")
-    flag("--returns", choices=list(RETURNS), default="reward-to-go", help="total: one for all decisions of an episode")
+    flag(
+        "--returns",
+        choices=list(RETURNS),
+        default="reward-to-go",
+        help="grpo: total is one for all decisions of an episode",
+    )
     flag("--gamma", type=float, default=0.99)
     flag("--clip", type=float, default=0.2)
     flag("--ppo-epochs", type=int, default=4)

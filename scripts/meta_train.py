@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from jel.tasks.base import Task
 from jel.tasks.pretrain import (
     CORRECTIONS,
     PretrainTask,
+    contract_of,
     episode_bytes,
     episode_flops,
     group_names,
@@ -51,13 +54,15 @@ from nanochat.common import (
     seed_everything,
 )
 from nanochat.dataset import corpus_record, resolve_data
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import free_bytes
+from nanochat.optim import MuonAdamW
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds, without_compilation
 from nanochat.token_cache import TokenCache, epochs_line
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts.hparams import tuned_settings
+from scripts.lhopt import train as lhopt
 from scripts.meta_flags import check_flags, flags
 from scripts.presets import parse_with_preset
 from scripts.runs import (
@@ -206,6 +211,7 @@ def main() -> int:
             {
                 "flags": resumable_flags(args, MAY_CHANGE),
                 "model": vars(config),
+                "contract": contract_of(config, base_of(args), args.num_iterations, schedule_name(args)).to_json(),
                 "environment": environment_record(compute),
                 "seconds": seconds,
             },
@@ -250,10 +256,6 @@ def make_episodes(
         f"episodes: {args.episodes} a group, {share} a rank, {chunk} side by side in "
         f"{workers} process{'es' * (workers > 1)} (about {each / 2**20:,.0f} MiB each, {free / 2**20:,.0f} MiB free)"
     )
-    if args.hparams == "uniform":
-        make_base = partial(uniform_base, lr=args.base_lr, weight_decay=args.base_wd)
-    else:
-        make_base = partial(tuned_base, **tuned_settings(args))
     make_task = partial(
         PretrainTask,
         config,
@@ -262,7 +264,7 @@ def make_episodes(
         num_steps=args.num_iterations,
         batch_size=args.episode_batch_size,
         probe_batches=args.probe_batches,
-        make_optimizer=make_base,
+        make_optimizer=base_of(args),
         schedule=schedule,
         seed=args.seed,
         shared=args.episode_starts == "shared",
@@ -275,6 +277,18 @@ def make_episodes(
     else:
         task = ParallelTask(make_task, workers, group_names(config), partial(same_length, args.num_iterations))
     return task, chunk, workers
+
+
+def base_of(args: argparse.Namespace) -> Callable[[GPT], MuonAdamW]:
+    """What makes the optimizer that multipliers act on."""
+    if args.hparams == "uniform":
+        return partial(uniform_base, lr=args.base_lr, weight_decay=args.base_wd)
+    return partial(tuned_base, **tuned_settings(args))
+
+
+def schedule_name(args: argparse.Namespace) -> str:
+    parts = f"warm-up {args.warmup_ratio:g}", f"warm-down {args.warmdown_ratio:g} to {args.final_lr_frac:g}"
+    return f"{', '.join(parts)}; weight decay to 0"
 
 
 def make_recipe(args: argparse.Namespace) -> JelRecipe:
@@ -333,4 +347,4 @@ def cores(workers: int, compute: Compute) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, JelError)
+    run_main(lhopt.main if lhopt.asked_for(sys.argv[1:]) else main, JelError)

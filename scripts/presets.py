@@ -1,5 +1,5 @@
-"""What the presets change. A flag's default is the `paper` preset's and stands on its argparse line; `tiny` and `smoke`
-list only what differs, per script. `--preset auto` is `paper` with a GPU and `tiny` without one.
+"""What the presets change. A flag's default is the `paper` preset's and stands on its argparse line; the others list
+only what differs, per script. `--preset auto` is `paper` with a GPU and `tiny` without one.
 """
 
 from __future__ import annotations
@@ -22,34 +22,54 @@ _SMOKE = {"depth": 2, "aspect_ratio": 16, "head_dim": 16, "tokenizer": "smoke", 
 # What --recipe changes in meta_train's defaults, which are the paper's, before a preset does.
 RECIPES: dict[str, dict] = {"jel": OURS, "paper": {}}
 
+_TINY_RUN = {
+    **_TINY,
+    "max_seq_len": 128,
+    "num_iterations": 250,
+    "total_batch_size": 2048,
+    "device_batch_size": 16,
+    "lr_batch_rule": "none",
+    "eval_every": 25,
+    "eval_tokens": 65536,
+    "test_tokens": 65536,
+    "save_every": 50,
+}
+_TINY_EPISODES = {
+    **_TINY,
+    "num_iterations": 75,
+    "decision_interval": 15,
+    "episode_seq_len": 64,
+    "episode_batch_size": 8,
+    "lr_batch_rule": "none",
+    "total_batch_size": 2048,
+}
+_TINY_JEL = {"updates": 14, "compare": 2, "num_iterations": 100, "decision_interval": 20}
+
 PRESETS: dict[str, dict[str, dict]] = {
     "paper": {"meta_train --recipe jel": {"updates": 14, "compare": 2}},  # assumption: as at tiny, not run
     "tiny": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
-        "base_train": {
-            **_TINY,
-            "max_seq_len": 128,
-            "num_iterations": 250,
-            "total_batch_size": 2048,
-            "device_batch_size": 16,
-            "lr_batch_rule": "none",
-            "eval_every": 25,
-            "eval_tokens": 65536,
-            "test_tokens": 65536,
-            "save_every": 50,
-        },
-        "meta_train": {
-            **_TINY,
-            "num_iterations": 75,
-            "decision_interval": 15,
-            "episode_seq_len": 64,
-            "episode_batch_size": 8,
-            "lr_batch_rule": "none",
-            "total_batch_size": 2048,
-        },
+        "base_train": _TINY_RUN,
+        "meta_train": _TINY_EPISODES,
         "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
-        "meta_train --recipe jel": {"updates": 14, "compare": 2, "num_iterations": 100, "decision_interval": 20},
+        "meta_train --recipe jel": _TINY_JEL,
+    },
+    # 13 times tiny's tokens a run, in batches 16 times an episode's: learning costs less than one.
+    "small": {
+        "sweep": {"seeds": [42, 43, 44, 45, 46]},
+        "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},
+        "base_train": {
+            **_TINY_RUN,
+            "num_iterations": 800,
+            "total_batch_size": 8192,
+            "eval_every": 160,
+            "save_every": 160,
+            "decision_interval": 160,
+        },
+        "meta_train": _TINY_EPISODES,
+        "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
+        "meta_train --recipe jel": _TINY_JEL,
     },
     "smoke": {
         "sweep": {"seeds": [42], "settings": 2},
@@ -90,7 +110,8 @@ def add_preset_flag(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=["auto", *PRESETS],
         default="auto",
-        help="smoke: seconds; tiny: minutes on a CPU; paper: the paper's size; auto: paper with a GPU, else tiny",
+        help="smoke: seconds; tiny: minutes on a CPU; small: an hour or two on one; paper: the paper's size; "
+        "auto: paper with a GPU, else tiny",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jel.learn.advantages import discounted_returns, group_advantages, standard_grpo_advantages
+from jel.learn.advantages import controlled_returns, discounted_returns, group_advantages, standard_grpo_advantages
 from tests.jel_parts import NAN, E, K, generator, random_alive
 
 
@@ -50,3 +50,19 @@ def test_standard_grpo_normalises_variance_and_length():
     weights = torch.randn(E, K, generator=generator(4), dtype=torch.float64)  # any loss that is a mean of terms
     by_episode = [(weights[e] * per_k[e])[alive[e]].mean() for e in range(E) if alive[e].any()]
     torch.testing.assert_close((weights * got)[alive].mean(), torch.stack(by_episode).mean())
+
+
+def test_what_came_before_explains_nothing_of_a_controlled_return():
+    for seed in range(3):
+        r, alive = torch.randn(E, K, generator=generator(seed), dtype=torch.float64), random_alive(seed)
+        returns = controlled_returns(torch.where(alive, r, NAN), alive, 0.9)
+        for k in range(K):
+            living = [e for e in range(E) if alive[e, k]]
+            if len(living) < 2:
+                continue
+            before = torch.tensor([sum((float(r[e, j]) for j in range(k) if alive[e, j]), 0.0) for e in living])
+            found = returns[living, k]
+            assert abs(float(((before - before.mean()) * (found - found.mean())).sum())) < 1e-6
+            total = torch.stack([torch.where(alive[e], r[e], 0.0).sum() for e in living])
+            assert found.var() <= total.var() + 1e-9 and abs(float(found.mean() - total.mean())) < 1e-6
+        torch.testing.assert_close(returns[:, 0], torch.where(alive, r, 0.0).sum(1))  # nothing came before

@@ -259,7 +259,7 @@ def test_rates_of_a_first_look(monkeypatch):
 
 
 def test_every_look_runs_at_a_small_size(worker):
-    """All that `--preset paper --quick` measures on a GPU, as far as a CPU has it; the rest is refused by its reason."""
+    """All that `--preset paper --quick` measures on a GPU, as far as a CPU has it; the rest is refused."""
     step = {**SPEC, "accumulation": 4}
     refused, measured = {}, {}
     for name, look in looks(step, {**SPEC, "cuda_graphs": True}, 30, 50, worker, False, 0.0):

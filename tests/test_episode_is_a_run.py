@@ -10,13 +10,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from jel import Controller
+from jel import Controller, PolicyController
+from jel.features import WATCHED
 from jel.tasks.pretrain import PretrainTask, uniform_base
 from nanochat.common import Compute, derive_seed
 from nanochat.gpt import GPTConfig
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts import base_train
+from tests.jel_parts import lively_policy
 
 STEPS, BATCH, SEQUENCE, SEED, INTERVAL = 12, 2, 64, 5, 4
 SCHEDULE = {"warmup_ratio": 0.0, "warmdown_ratio": 0.4, "final_lr_frac": 0.0, "final_wd_frac": 0.0}
@@ -39,6 +41,25 @@ class Scripted(Controller):
 class Ones(Controller):
     def decide(self, observation):
         return {"*": {"lr": 1.0, "weight_decay": 1.0}}
+
+
+class Watching(PolicyController):
+    """A closed loop: it acts on what it sees of the optimizer, and writes down both."""
+
+    seen: list[dict[str, float]] = []
+    decided: list[dict] = []
+
+    def __init__(self):
+        super().__init__(lively_policy(features=("cos_grad_momentum", "train_fall", "log_straightness_cdf_5")))
+
+    def attach(self, optimizer):
+        super().attach(optimizer)
+        statistics = self.observer.statistics
+        self.observer.statistics = lambda progress: self.seen.append(statistics(progress)) or self.seen[-1]
+
+    def decide(self, observation):
+        self.decided.append(super().decide(observation))
+        return self.decided[-1]
 
 
 def weights_of_a_run(base, corpus, monkeypatch, controller: str) -> dict[str, torch.Tensor]:
@@ -114,3 +135,22 @@ def test_an_episode_ends_with_the_weights_of_a_run(base, corpus, monkeypatch, co
         assert not torch.equal(p, begun[name]) and not torch.equal(p[0], p[1]), name
         small = 1e-6 * want[name].abs().max().item()  # where batched products round as single ones, the bits are equal
         torch.testing.assert_close(p[0].detach(), want[name], rtol=1e-6, atol=small)
+
+
+def test_an_episode_shows_a_watching_policy_what_a_run_shows_it(base, corpus, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    Watching.seen, Watching.decided = [], []
+    weights_of_a_run(base, corpus, monkeypatch, "Watching")
+    assert len(Watching.seen) == STEPS // INTERVAL
+    assert Watching.decided[1] != Watching.decided[2]  # after one measured step, before any momentum, it sees little
+    task = start_episodes(corpus, 2)
+    for i, (seen, decided) in enumerate(zip(Watching.seen, Watching.decided)):
+        found = task.observe(WATCHED)
+        for name in WATCHED:
+            near = 0.05 if "cdf" in name else 1e-3  # a CDF of what hardly moves magnifies rounding
+            assert abs(found[name][0].item() - seen[name]) < near, (i, name)
+        shared = {key: torch.tensor([m, m / 2], dtype=torch.float64) for key, m in decided["*"].items()}
+        task.train(i * INTERVAL, INTERVAL, {"*": shared})
+    different = [name for name in WATCHED if abs(found[name][0] - found[name][1]) > 1e-3]
+    assert len(different) > 10  # the other episode sees itself
+    task.close()

@@ -55,7 +55,7 @@ def rounding_launch(kernel, *tensors):
 
 @pytest.mark.parametrize("rounding", [True, False])
 def test_in_bf16_it_is_as_right_as_the_plain_one(rounding, monkeypatch):
-    """Against the plain form in fp32 of the same bf16 numbers; relu(h) as a square root of bf16 is hardly less right."""
+    """Against the plain form in fp32 of the same bf16 numbers; relu(h) as a root of bf16 is hardly less right."""
     inputs, grad = draw(N=64, C=32, F=128, dtype=torch.bfloat16)
     if rounding:
         monkeypatch.setattr(gpu_mlp, "_launch", rounding_launch)

@@ -214,3 +214,20 @@ def test_importing_jel_brings_in_nothing_heavy_but_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_multiplier_of_momentum_acts_on_its_distance_from_one():
+    groups = [{"name": "a", "betas": (0.8, 0.95)}, {"name": "b", "momentum": 0.9}]
+    base = [{"momentum": 0.8}, {"momentum": 0.9}]
+    apply_multipliers(groups, base, {"*": {"1-momentum": 2.0}})
+    assert groups[0]["betas"] == (pytest.approx(0.6), 0.95) and groups[1]["momentum"] == pytest.approx(0.8)
+    apply_multipliers(groups, base, {"*": {"1-momentum": 100.0}})
+    assert groups[0]["betas"][0] == groups[1]["momentum"] == 0.0  # never below
+    apply_multipliers(groups, base, {"*": {"1-momentum": 1e-9}})
+    assert groups[0]["betas"][0] == groups[1]["momentum"] == 0.9999  # nor so high that nothing new counts
+    apply_multipliers(groups, base, {"*": {"1-momentum": torch.tensor([1.0, 2.0])}})
+    assert groups[0]["betas"][0].tolist() == pytest.approx([0.8, 0.6])
+    apply_multipliers(groups, base, {})
+    assert groups[0]["betas"][0].tolist() == pytest.approx([0.8, 0.8])
+    with pytest.raises(JelError, match="the base schedule sets only momentum"):
+        apply_multipliers(groups, base, {"*": {"1-eps": 2.0}})

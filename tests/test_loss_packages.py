@@ -91,7 +91,7 @@ def draw(N=9, C=16, P=64, V=50):
 
 @pytest.mark.parametrize("kernel, twin", CALLS)
 def test_a_package_is_called_as_documented(kernel, twin, monkeypatch):
-    """The softcap, targets of -1 and the vocabulary without its padding: the loss and the gradients of the plain form."""
+    """Softcap, targets of -1, the vocabulary without its padding: loss and gradients of the plain form."""
     monkeypatch.setattr(loss_packages, "_function", lambda name: twin)
     x, weight, targets = draw()
     results = []

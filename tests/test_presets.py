@@ -33,7 +33,8 @@ def with_required(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_presets_name_flags_and_flags_win(preset, script):
     args = presets.parse_with_preset(SCRIPTS[script](), script, ["--preset", preset, "--data", "given"])
-    expected = presets.PRESETS[preset].get(script, {})
+    listed = presets.PRESETS[preset]
+    expected = {**listed.get(script, {}), **listed.get(f"{script} --recipe jel", {})}  # jel is the default recipe
     assert all(getattr(args, key) == value for key, value in expected.items() if key != "data")
     assert args.data == "given" and args.preset == preset
 
@@ -53,8 +54,9 @@ def test_seeds_and_test_tokens_of_the_presets(monkeypatch, capsys):
         assert name == preset
         seeds[preset] = [int(seed) for seed in listed]
         tokens[preset] = presets.parse_with_preset(base_train.flags(), "base_train", ["--preset", preset]).test_tokens
-    assert seeds == {"paper": [42, 43, 44], "tiny": [42, 43, 44, 45, 46], "smoke": [42]}
-    assert tokens == {"paper": 20 * 524288, "tiny": 65536, "smoke": 1024}
+    five = [42, 43, 44, 45, 46]
+    assert seeds == {"paper": [42, 43, 44], "tiny": five, "small": five, "smoke": [42]}
+    assert tokens == {"paper": 20 * 524288, "tiny": 65536, "small": 65536, "smoke": 1024}
     monkeypatch.setattr("sys.argv", ["presets", "huge"])
     with pytest.raises(UserError, match="there is no preset 'huge'"):
         presets.main()

@@ -18,7 +18,11 @@ from nanochat.tokenizer import Tokenizer, tokenizer_folder
 STEPS = 6
 SCHEDULE = {"warmup_ratio": 0.0, "warmdown_ratio": 0.4, "final_lr_frac": 0.0, "final_wd_frac": 0.0}
 MULTIPLIERS = {
-    "*": {"lr": torch.tensor([1.0, 20.0, 5.0]), "weight_decay": torch.tensor([1.0, 0.1, 30.0])},
+    "*": {
+        "lr": torch.tensor([1.0, 20.0, 5.0]),
+        "weight_decay": torch.tensor([1.0, 0.1, 30.0]),
+        "1-momentum": torch.tensor([1.0, 0.3, 3.0]),
+    },
     "lm_head": {"lr": torch.tensor([2.0, 10.0, 0.5])},
 }
 

@@ -74,7 +74,7 @@ class ActorCriticUpdate:
         torch.set_num_threads(1)  # sums do not depend on the machine's cores
         try:
             error = self._remember(rollout, number)
-            self.critic.fit(*(self._episodes[name] for name in ("actions", "groups", "returns")))
+            self.critic.fit(**self._episodes)
             return {**self._raise(rollout.states, number, of), "critic_error": error}
         finally:
             torch.set_num_threads(threads)
@@ -89,7 +89,7 @@ class ActorCriticUpdate:
             with torch.no_grad():
                 wrong = returns - self.critic.returns(actions).float()
             error = float(wrong.std() / returns.std().clamp_min(1e-9))
-        new = {"actions": actions, "groups": torch.full((len(returns),), number), "returns": returns}
+        new = {"raw": actions, "groups": torch.full((len(returns),), number), "returns": returns}
         self._episodes = {name: torch.cat([self._episodes.get(name, t[:0]), t]) for name, t in new.items()}
         return error
 
@@ -129,5 +129,6 @@ class ActorCriticUpdate:
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly where `state_dict` was taken. Raises `JelError` if it is that of another policy network."""
         load_learner_state(state["learner"], self.policy, self.optimizer, self.generator)
-        self.critic.hyperparameters = state["critic"].clone()
         self._episodes = {name: t.clone() for name, t in state["episodes"].items()}
+        if self._episodes:
+            self.critic.condition(state["critic"], **self._episodes)

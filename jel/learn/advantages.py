@@ -57,4 +57,19 @@ def total_returns(rewards: Tensor, alive: Tensor, gamma: float) -> Tensor:
     return torch.where(alive, rewards, 0.0).sum(1, keepdim=True).expand_as(rewards)
 
 
-RETURNS = {"reward-to-go": discounted_returns, "total": total_returns}
+def controlled_returns(rewards: Tensor, alive: Tensor, gamma: float) -> Tensor:
+    """`total_returns` with the loss at the decision as a control variate -> (E, K).
+
+    What an episode gained before decision k is known there and owes nothing to it. Its part of the total, by least
+    squares over the alive members of the group, is taken off: the coefficient is 0 for the first decision; 1 would
+    give the undiscounted reward-to-go. Right for noise that is independent between decisions: with correlated noise
+    what came before tells of the action too. `gamma` is not used.
+    """
+    rewards = torch.where(alive, rewards, 0.0)
+    total, before = total_returns(rewards, alive, gamma), rewards.cumsum(1) - rewards  # (E, K)
+    centred = torch.where(alive, before - _mean_over_alive(before, alive), 0.0)
+    share = (centred * total).sum(0) / centred.square().sum(0).clamp_min(1e-12)  # (K,)
+    return total - share * centred
+
+
+RETURNS = {"reward-to-go": discounted_returns, "total": total_returns, "controlled": controlled_returns}

@@ -74,20 +74,29 @@ class Critic:
         """
         if len(returns) < 2 or not bool(returns.isfinite().all()):
             raise JelError("the critic needs the finite returns of two episodes or more")
-        self._positions, self._groups = positions(raw), groups
-        returns = returns.double()
-        self._offset, self.unit = returns.mean(), returns.std().clamp_min(1e-9)
-        y = ((returns - self._offset) / self.unit)[:, None]
+        y = self._take(raw, groups, returns)
         log = self.hyperparameters.clone().requires_grad_()
         adam = torch.optim.Adam([log], lr=0.1)
         for _ in range(self.steps):
             adam.zero_grad()
             self._minus_log_posterior(log, y).backward()
             adam.step()
-        self.hyperparameters = log.detach()
-        with torch.no_grad():
-            self._factor = torch.linalg.cholesky(self._covariance(self.hyperparameters))
-            self._weights = torch.cholesky_solve(y, self._factor)
+        self.condition(log.detach(), raw, groups, returns)
+
+    @torch.no_grad()
+    def condition(self, hyperparameters: Tensor, raw: Tensor, groups: Tensor, returns: Tensor) -> None:
+        """What `fit` ends with, for hyperparameters (A + 4,) that it has found before."""
+        y = self._take(raw, groups, returns)
+        self.hyperparameters = hyperparameters.clone()
+        self._factor = torch.linalg.cholesky(self._covariance(self.hyperparameters))
+        self._weights = torch.cholesky_solve(y, self._factor)
+
+    def _take(self, raw: Tensor, groups: Tensor, returns: Tensor) -> Tensor:
+        """Keep the episodes; their standardised returns, (N, 1)."""
+        self._positions, self._groups = positions(raw), groups
+        returns = returns.double()
+        self._offset, self.unit = returns.mean(), returns.std().clamp_min(1e-9)
+        return ((returns - self._offset) / self.unit)[:, None]
 
     def _minus_log_posterior(self, log: Tensor, y: Tensor) -> Tensor:
         factor = torch.linalg.cholesky(self._covariance(log))

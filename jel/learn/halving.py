@@ -64,7 +64,9 @@ class HalvingSearch:
         self._optuna, self.episodes, self.updates = optuna, episodes, updates
         sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)  # many are asked before one is told
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
-        self._space = {f"x{i}": optuna.distributions.FloatDistribution(-EDGE, EDGE) for i in range(n_actions)}
+        self._space: dict[str, Any] = {
+            f"x{i}": optuna.distributions.FloatDistribution(-EDGE, EDGE) for i in range(n_actions)
+        }
         self._asked, self._playoffs = 0, False
         self._racing: list[Candidate] = []
         self._finishers: list[Candidate] = []  # have been trained to the end at least once

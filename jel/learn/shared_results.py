@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class SharedResults:
         self.known = 0  # trials of the file that `news` has been through: a checkpoint keeps it
         self._names = [knob.name for knob in knobs]
         spread = optuna.distributions.FloatDistribution(-1e3, 1e3)
-        self._space = {name: spread for name in self._names}
+        self._space: dict[str, Any] = {name: spread for name in self._names}
         described = [[knob.name, knob.hyperparameter, list(knob.groups), list(knob.bounds)] for knob in knobs]
         self.path = path
         with self._one_line():

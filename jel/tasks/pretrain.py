@@ -13,8 +13,11 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from jel.contract import Contract
 from jel.errors import JelError
+from jel.features import WATCHED
 from jel.knobs import Multipliers, apply_multipliers
+from jel.observer import Observer
 from nanochat.common import Compute, derive_seed, keep_freed_memory
 from nanochat.dataloader import DataLoader, fixed_batches
 from nanochat.gpt import GPT, GPTConfig
@@ -51,6 +54,12 @@ def group_names(config: GPTConfig) -> tuple[str, ...]:
         return tuple(group["name"] for group in GPT(config).setup_optimizer().param_groups)
 
 
+def contract_of(config: GPTConfig, make_optimizer: Callable[[GPT], MuonAdamW], steps: int, schedule: str) -> Contract:
+    """What multipliers learned on this base over runs of so many steps are for; `schedule` names the base schedule."""
+    with torch.device("meta"):
+        return Contract.of(make_optimizer(GPT(config)), steps, schedule)
+
+
 class PretrainTask:
     """A `Task` (see jel/tasks/base.py): training runs of one model shape, all of `num_steps` steps.
 
@@ -83,6 +92,7 @@ class PretrainTask:
         self.config, self.cache, self.compute, self.steps = config, cache, compute, num_steps
         self.batch_size, self.make_optimizer, self.schedule = batch_size, make_optimizer, schedule
         self.seed, self.shared, self.cuda_graphs = seed, shared, cuda_graphs
+        self._observer: Observer | None = None
         self.groups = group_names(config)
         if compute.device.type == "cpu":
             keep_freed_memory()  # this process may be a worker, in which nobody has done it yet
@@ -120,6 +130,10 @@ class PretrainTask:
         self._last_norm: Tensor | None = None
         self.optimizer.zero_grad(set_to_none=True)
         self._slots: dict[int, list[Tensor]] = {}
+        self._steps_taken = 0
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None
 
     def train(self, first_step: int, steps: int, multipliers: Multipliers) -> None:
         groups, device = self.optimizer.param_groups, self.compute.device
@@ -129,15 +143,27 @@ class PretrainTask:
         for step in range(first_step, first_step + steps):
             apply_multipliers(groups, base_hparams(groups, step, self.steps, **self.schedule), multipliers)
             self._train_loss = train_step(self.forward, self.optimizer, [self._batch(step)], self.compute)
+            if self._observer is not None:
+                self._observer.observe(self._train_loss)
+        self._steps_taken = first_step + steps
         if self.cuda_graphs:  # a probe would overwrite the gradients
             self._last_norm = self._grad_norm()
             self.optimizer.zero_grad(set_to_none=True)
 
     def observe(self, names: Collection[str]) -> dict[str, Tensor]:
         known = {"probe_loss": self._probe_loss, "train_loss": lambda: self._train_loss, "grad_norm": self._grad_norm}
-        if unknown := set(names) - known.keys():
+        watched = set(names).intersection(WATCHED)
+        if unknown := set(names) - known.keys() - watched:
             raise JelError(f"episodes of pretraining do not measure {', '.join(sorted(unknown))}")
-        return {name: known[name]() for name in names}
+        found = {name: known[name]() for name in names if name in known}
+        if watched:
+            if self._observer is None:  # asked for at the start, as an environment does: watch from there on
+                if self._steps_taken:
+                    raise JelError("episodes are watched from their start, or not at all")
+                self._observer = Observer(self.optimizer, runs=self._episodes)
+            statistics = self._observer.statistics(self._steps_taken / self.steps)  # once a decision
+            found |= {name: statistics[name] for name in watched}
+        return found
 
     def save(self, slot: int, episodes: Tensor) -> None:
         kept = self._slots.setdefault(slot, [t.clone() for t, _ in self._state()])

@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,56 +26,14 @@ from jel.schedule import FORMAT, VERSION, save_schedule
 from nanochat.common import UserError, base_dir, print0, run_main
 from nanochat.files import read_json, write_json
 from nanochat.preemption import REQUEUE_EXIT_CODE
+from nanochat.run_log import Stopwatch, format_seconds
+from scripts.ablate.rows import TABLES, Row
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.report.costs import in_runs
 from scripts.report.evidence import read_evidence
 from scripts.report.statistics import compare
 from scripts.runs import run_folder
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: what to change in meta-training (None: JEL's own policy is used), and in deployment."""
-
-    what: str
-    learn: list[str] | None = None
-    deploy: tuple[str, ...] = ()
-    control: tuple[str, ...] = ("--hparams", "uniform", "--controller", "jel")
-
-
-ABLATIONS = {
-    "paper": Row("the paper's recipe", ["--recipe", "paper"]),
-    "paper-grpo": Row("the paper's recipe, standard GRPO", ["--recipe", "paper", "--advantages", "standard"]),
-    "paper-corrections": Row("the paper's recipe with corrections", ["--recipe", "paper", "--corrections", "groups"]),
-    "no-corrections": Row("no corrections for groups", ["--corrections", "none"]),
-    "independent-noise": Row("independent noise", ["--noise-correlation", "0"]),
-    "no-pairs": Row("no antithetic pairs", ["--antithetic", "0"]),
-    "reward-to-go": Row("reward-to-go returns", ["--returns", "reward-to-go"]),
-    "constant-rate": Row("constant policy rate", ["--policy-lr-schedule", "constant"]),
-    "range-10": Row("multipliers within 10", ["--action-range", "10"]),
-    "16-episodes": Row("16 episodes a group, half as many groups", ["--episodes", "16", "--updates", "6"]),
-    "entropy": Row("entropy coefficient 0.01", ["--entropy-coef", "0.01"]),
-    "own-starts": Row("starts of their own", ["--episode-starts", "own"]),
-    "smooth": Row("smoothness penalty 0.1", ["--smoothness-penalty", "0.1"]),
-    "gradient": Row("gradient penalty 0.1", ["--gradient-penalty", "0.1"]),
-    "sees-loss": Row("observes the probe loss too", ["--features", "progress", "log_probe_loss"]),
-    "sees-gradient": Row("observes the gradient norm too", ["--features", "progress", "log_grad_norm"]),
-    "no-warmdown": Row("base without warm-down", ["--warmdown-ratio", "0"], ("--warmdown-ratio", "0")),
-}
-EQUAL_BUDGET = {
-    "random": Row("random search over the same constants", ["--method", "random"]),
-    "cma": Row("CMA-ES over the same constants", ["--method", "cma"]),
-    "own-mean": Row("JEL's own mean decision, held", None, (), ("--hparams", "uniform", "--controller", "schedule")),
-}
-TRANSFER = {
-    "depth-x2": Row("twice the depth", None, ("--depth", "4", "--aspect-ratio", "16")),
-    "width-x2": Row("twice the width", None, ("--aspect-ratio", "64")),
-    "steps-x4": Row("4x the steps", None, ("--num-iterations", "1000", "--eval-every", "0")),
-    "batch-half": Row("half the batch", None, ("--total-batch-size", "1024", "--device-batch-size", "8")),
-    "batch-x2": Row("twice the batch", None, ("--total-batch-size", "4096")),
-    "batch-x4": Row("4x the batch", None, ("--total-batch-size", "8192")),
-}
-TABLES = {"ablations": ABLATIONS, "equal_budget": EQUAL_BUDGET, "transfer": TRANSFER}
+from scripts.sweep.__main__ import best_flags
 
 
 def main() -> int:
@@ -100,6 +57,7 @@ def main() -> int:
         jobs = 1
     else:
         jobs = args.jobs if args.jobs > 0 else os.cpu_count() or 1
+    watch = Stopwatch(len(chosen))
     for done, name in enumerate(chosen):
         table = next(table for table, rows in TABLES.items() if name in rows)
         print0(f"row {done + 1} of {len(chosen)}: {name} ({TABLES[table][name].what}), {len(args.seeds)} seeds")
@@ -109,6 +67,7 @@ def main() -> int:
             print0("stopped; run the same command again to go on")
             return REQUEUE_EXIT_CODE
         record(args, folder, table, name)
+        print0(f"  {done + 1} of {len(chosen)} rows, left {format_seconds(watch.tick(done + 1))}")
     return 0
 
 
@@ -121,18 +80,32 @@ def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed:
     row, tag = TABLES[table][name], f"{args.preset}/ablate/{name}"
     common = ["--preset", args.preset, "--seed", str(seed), "--resume", "auto"]
     common += ["--data", args.data] if args.data else []
-    policy = folder / f"meta-s{seed}" / "policy"
+    best = best_flags_of(folder, row)
+    policy = policy_path(folder, row, seed)
     if row.learn is not None:
         meta = f"{tag}/meta-s{seed}"
-        command = ["scripts.meta_train", *common, "--episode-workers", "1", *row.learn, "--model-tag", meta]
+        command = ["scripts.meta_train", *common, "--episode-workers", "1", *best, *row.learn, "--model-tag", meta]
         if not run(command, run_folder(meta)):
             return False
         policy = run_folder(meta) / "policy"
     if "schedule" in row.control:
         policy = held_mean(policy, run_folder(tag) / f"mean-s{seed}.json")
     deployed = f"{tag}/s{seed}"
-    command = ["scripts.base_train", *common, *row.control, "--policy", str(policy), *row.deploy]
+    given = ["--policy", str(policy)] if "--controller" in row.control else []
+    command = ["scripts.base_train", *common, *row.control, *best, *given, *row.deploy]
     return run([*command, "--eval-every", "0", "--model-tag", deployed], run_folder(deployed))
+
+
+def policy_path(folder: Path, row: Row, seed: int) -> Path:
+    """The policy of a row that does not learn: JEL's own of this seed, or that of the row it names."""
+    return (folder / "ablate" / row.policy_of if row.policy_of else folder) / f"meta-s{seed}" / "policy"
+
+
+def best_flags_of(folder: Path, row: Row) -> list[str]:
+    """The flags of the method of Table 1 that the row carries."""
+    if row.best_of is None:
+        return []
+    return ["--hparams", "uniform"] if row.best_of == "suboptimal" else best_flags(folder, row.best_of)
 
 
 def run(command: list[str], folder: Path) -> bool:
@@ -180,8 +153,13 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
             price.append(evidence.meta[seed].result["flops"])
     bpb = {seed: result["test_bpb"] for seed, result in results.items()}
     verdict = "-"
-    if table != "transfer":  # another length, batch or model: JEL's own runs are no comparison
-        c = compare(evidence.results("jel", "test_bpb"), bpb)
+    if row.against is not None:
+        others = evidence.results(row.against, "test_bpb")
+        if row.against in TABLES[table]:
+            other = run_folder(f"{args.preset}/ablate/{row.against}")
+            paths = {seed: other / f"s{seed}" / "result.json" for seed in args.seeds}
+            others = {seed: read_json(path, "result")["test_bpb"] for seed, path in paths.items() if path.exists()}
+        c = compare(bpb, others) if row.against == "hand_tuned" else compare(others, bpb)
         spread = "" if c.interval is None else " ({:+.4f} [{:+.4f}, {:+.4f}])".format(c.difference, *c.interval)
         verdict = f"JEL is {c.verdict}{spread}" if c.verdict in ("better", "worse") else c.verdict + spread
     found = {

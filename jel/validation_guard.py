@@ -1,0 +1,97 @@
+"""The best weights on validation are kept; a run that leaves them far behind goes back to them. For any controller.
+
+guard = jel.ValidationGuard(save=lambda: copy.deepcopy(model.state_dict()), load=model.load_state_dict)
+scheduler = jel.Scheduler(optimizer, total_steps, "lhopt", guard=guard)
+...; scheduler.observe(loss=loss, val_loss=...)
+guard.load_best()                                   # at the end
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from jel.guard import Guard
+
+
+class ValidationGuard(Guard):
+    """Needs no curve of a base and leaves no steps to it: what it compares with is the run's own best.
+
+    save, load: `save()` returns a copy of what is to be kept (weights; and the optimizer's state, if a return is to
+        find it as it was), `load(copy)` puts it back.
+    margin: how far a validation loss may lie above the best so far, as a share of the best.
+    patience: how many validation losses in a row must lie above it.
+    every: optimizer steps between looks at the training loss, which must be finite.
+
+    It trips once: the best copy is loaded and the base's values hold to the end. Copies are not part of its state:
+    after resuming, the next validation loss is the best again.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[], Any],
+        load: Callable[[Any], None],
+        margin: float = 0.5,
+        patience: int = 2,
+        every: int = 10,
+    ):
+        super().__init__(margin=margin, patience=patience, every=every)
+        self.snapshot(save, load)
+
+    def start(self, total_steps: int, recorded: Sequence[tuple[float, float]]) -> None:
+        super().start(total_steps, recorded)
+        self._until = 0
+        self._last: float | Tensor = 0.0
+        self._copy: Any = None
+        self.best, self.best_step = math.inf, -1
+
+    def check_length(self) -> None:
+        """Every length will do."""
+
+    def check_told(self, step: int) -> None:
+        """Without losses it watches nothing, which is no error."""
+
+    def observe(self, step: int, loss: float | Tensor) -> None:
+        self._last = loss
+
+    def validated(self, step: int, loss: float | Tensor) -> None:
+        """A validation loss after so many steps: a better one is copied, one that lies too far above goes back."""
+        if self.tripped is not None:
+            return
+        value = float(loss)
+        if math.isfinite(value) and (value < self.best or self._copy is None):
+            assert self._save is not None
+            self.best, self.best_step, self._copy, self._strikes = value, step, self._save(), 0
+            return
+        self._strikes = self._strikes + 1 if not value <= self.best + self.margin * abs(self.best) else 0
+        if self._copy is not None and (self._strikes >= self.patience or not math.isfinite(value)):
+            self._back(step, f"validation loss {value:.4g}, the best was {self.best:.4g}")
+
+    def judge(self, step: int) -> None:
+        if self.tripped is None and step % self.every == 0 and not math.isfinite(float(self._last)):
+            self._back(step, f"training loss {float(self._last):.4g}")
+
+    def load_best(self) -> int | None:
+        """Put the best weights back, at the end of a run; the step they are of, or None if there are none."""
+        if self._copy is None or self._load is None:
+            return None
+        self._load(self._copy)
+        return self.best_step
+
+    def _back(self, step: int, why: str) -> None:
+        line = f"jel guard: step {step}: {why}: back to the base"
+        if (found := self.load_best()) is not None:
+            line += f", from the weights of step {found}"
+        self.tripped = line
+        print(line, flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "best": self.best if self.best_step >= 0 else None, "best_step": self.best_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.best = math.inf if state["best"] is None else float(state["best"])
+        self.best_step, self._copy = int(state["best_step"]), None

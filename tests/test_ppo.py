@@ -1,0 +1,163 @@
+"""PPO for LHOPT: its parts against slow twins, and a whole loop that is the same however it is run."""
+
+import math
+
+import pytest
+import torch
+
+from jel.errors import JelError
+from jel.learn.control import Registers, Trajectories, boundaries, run
+from jel.learn.control_meta import Episode
+from jel.learn.ppo import gae, group_baseline
+from jel.learn.speedup import fit_power_law, last_points, log_speedup
+from jel.recipes.lhopt import LhoptRecipe
+from jel.tasks.small.bank import SETTINGS, BankTask
+from jel.tasks.small.episodes import DEFAULTS
+from jel.tasks.small.kinds import draw
+
+
+def some_tasks():
+    """Two tasks of the bank, with baselines made up: what they are does not matter here."""
+    losses = torch.linspace(1, 0.5, len(SETTINGS))[:, None].expand(-1, 8)
+    return [BankTask({**draw(kind, 0), "steps": 12}, losses) for kind in ("quadratic", "tabular")]
+
+
+def recipe(**changes):
+    episode = Episode(decisions=4, groups=2, episodes=4, **changes.pop("episode", {}))
+    return LhoptRecipe(hidden=8, updates=3, episode=episode, **changes)
+
+
+def test_gae_is_its_sum():
+    rewards, values = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    gamma, lam = 0.9, 0.8
+    after = torch.cat([values[1:], torch.zeros(1, 3)])
+    delta = rewards + gamma * after - values
+    expected = torch.stack([sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, 5)) for k in range(5)])
+    torch.testing.assert_close(gae(rewards, values, gamma, lam), expected)
+    total = rewards.flip(0).cumsum(0).flip(0)
+    torch.testing.assert_close(gae(rewards, values, 1.0, 1.0), total - values)  # lambda 1: return minus value
+
+
+def test_a_group_baseline_is_the_mean_of_its_group():
+    baseline = group_baseline(torch.tensor([1.0, 3.0, 10.0]), [7, 7, 2])
+    assert baseline.tolist() == [2.0, 2.0, 10.0]
+
+
+def test_a_power_law_is_found_again_and_its_speedup():
+    times = torch.linspace(0, 200, 21)
+    curve = 3 * times.clamp_min(1) ** -0.4
+    log_a, alpha = fit_power_law(*last_points(curve, 200.0))
+    assert math.isclose(alpha, -0.4, abs_tol=1e-3) and math.isclose(log_a, math.log(3), abs_tol=1e-2)
+    half = 3 * 100.0**-0.4  # where the curve is at half the time
+    gains = log_speedup(torch.tensor([half, 3 * 200.0**-0.4, 1e-9, math.nan, 1e9]), 200.0, log_a, alpha)
+    expected = torch.tensor([math.log(0.5), 0.0, math.log(2), -3.0, -3.0])
+    torch.testing.assert_close(gains, expected, atol=0.02, rtol=0)
+
+
+def test_a_curve_that_does_not_fall_gives_no_endless_speedup():
+    log_a, alpha = fit_power_law(torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 1.0, math.nan]))
+    assert alpha < 0 and log_speedup(torch.tensor([0.9]), 3.0, log_a, alpha).isfinite().all()
+
+
+def test_decisions_cover_the_run():
+    for steps, decisions in ((60, 20), (61, 20), (7, 7), (333, 20)):
+        edges = boundaries(steps, decisions)
+        assert edges[0] == 0 and edges[-1] == steps and all(a < b for a, b in zip(edges, edges[1:]))
+
+
+def test_the_group_does_not_change_what_a_policy_does():
+    """One episode alone is the episode in its group, choices being the policy's own."""
+    task, policy = some_tasks()[1], recipe().policy(0)
+    starts = torch.tensor(DEFAULTS).repeat(3, 1) * torch.tensor([[1.0], [3.0], [0.3]])
+    together = run(policy, task, [1, 2, 3], starts, 4)
+    alone = run(policy, task, [2], starts[1:2], 4)
+    torch.testing.assert_close(together.val[:, 1], alone.val[:, 0], atol=1e-4, rtol=1e-3)
+    assert together.features.shape == (4, 3, policy.n_features) and together.score.shape == (3,)
+
+
+def test_hidden_validation_is_not_seen():
+    task, policy = some_tasks()[1], recipe().policy(0)
+    seen = run(policy, task, [1], torch.tensor([DEFAULTS]), 4, hide_val=True).features
+    names = policy.features
+    assert (seen[..., names.index("val_unknown")] == 1).all()
+    assert (seen[..., [i for i, name in enumerate(names) if "val_fall" in name or "val_drop" in name]] == 0).all()
+
+
+def states_equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("reward", ["score", "both"])
+def test_stopped_and_resumed_ends_with_the_same_bits(reward):
+    tasks, made = some_tasks(), recipe(episode={"reward": reward})
+    whole = made.trainer(tasks, 0)
+    for _ in range(3):
+        whole.update()
+    first, second = made.trainer(tasks, 0), made.trainer(tasks, 0)
+    first.update()
+    second.ppo.load_state_dict(first.ppo.state_dict())
+    second.update(), second.update()
+    assert states_equal(second.ppo.state_dict(), whole.ppo.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"recurrent": False}, {"end_weights": ()}, {"registers": 1}, {"knobs": ("lr",), "paper_steps": True}]
+)
+def test_each_part_can_be_left_out(changes):
+    trainer = recipe(**changes).trainer(some_tasks(), 0)
+    record = trainer.update()
+    assert math.isfinite(record["score"]) and math.isfinite(record["critic"])
+
+
+def test_learning_raises_the_return_of_a_bandit():
+    """Returns that pay for one choice of the first knob: its probability rises."""
+    trainer = recipe().trainer(some_tasks(), 0)
+    ppo, policy = trainer.ppo, trainer.ppo.policy
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 64, policy.n_features, generator=generator)
+    chance = lambda: policy.log_probs(x, policy.initial_state((64,)))[0][0][..., 0].exp().mean().item()
+    before = chance()
+    for _ in range(15):
+        heads, _ = policy.log_probs(x, policy.initial_state((64,)))
+        draw_one = lambda h: torch.multinomial(h.exp().flatten(0, 1), 1, generator=generator).view(4, 64)
+        choices = torch.stack([draw_one(h.detach()) for h in heads], -1)
+        paid = (choices[..., 0] == 0).float().mean(0)
+        zero = torch.zeros(4, 64)
+        privileged = torch.zeros(4, 64, 12 + 2)
+        ppo.update(Trajectories(x, choices, zero, privileged, zero, zero, paid, paid), paid, [0] * 64)
+    assert chance() > 2 * before
+
+
+def test_a_return_that_is_not_finite_is_refused():
+    ppo = recipe().trainer(some_tasks(), 0).ppo
+    with pytest.raises(JelError, match="not finite"):
+        x = torch.zeros(2, 1, ppo.policy.n_features)
+        zero = torch.zeros(2, 1)
+        one = torch.zeros(2, 1, len(ppo.policy.sizes), dtype=torch.long)
+        ppo.update(Trajectories(x, one, zero, torch.zeros(2, 1, 14), zero, zero, zero[0], zero[0]), zero[0] / 0, [0])
+
+
+def test_registers_show_their_loss_and_age_when_they_hold_something():
+    registers, policy = Registers(1, 2), recipe(registers=1).policy(0)
+
+    class Recorder:
+        def save(self, slot, episodes): ...
+        def load(self, slot, episodes): ...
+
+    assert (registers.features(torch.ones(2), 0.5) == 0).all()
+    registers.act(policy, Recorder(), torch.tensor([1, 0]), torch.tensor([2.0, 2.0]), 0.25)
+    shown = registers.features(torch.ones(2), 0.5)
+    torch.testing.assert_close(shown[0], torch.tensor([math.tanh(math.log(2)), 0.25]))
+    assert (shown[1] == 0).all()
+
+
+@pytest.mark.slow
+def test_two_workers_end_with_the_same_bits():
+    tasks = some_tasks()
+    one, two = recipe().trainer(tasks, 0), recipe().trainer(tasks, 0, workers=2)
+    for _ in range(2):
+        one.update(), two.update()
+    two.close()
+    assert states_equal(one.ppo.state_dict(), two.ppo.state_dict())
