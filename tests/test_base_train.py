@@ -259,10 +259,10 @@ def test_the_length_of_a_run_and_its_formula(capsys):
     assert lengths() == (561, 8)
     assert "= 5.2e+16 FLOPs; steps: 4 tokens per parameter x 73,531,692 / 524,288 a step" in capsys.readouterr().out
     assert lengths("--target-flops", "5.2e16")[0] == 561
-    assert "steps: --target-flops 5.2e+16 / 9.27e+13 a step" in capsys.readouterr().out
+    assert "steps: --target-flops 5.2e+16 / 9.28e+13 a step" in capsys.readouterr().out
     assert lengths("--num-iterations", "7")[0] == 7
     assert "steps: --num-iterations" in capsys.readouterr().out
-    assert lengths("--num-iterations", "7", "--target-flops", "1e15")[0] == round(1e15 / 9.27e13)
+    assert lengths("--num-iterations", "7", "--target-flops", "1e15")[0] == round(1e15 / 9.28e13)
     assert lengths("--target-flops", "1")[0] == 1
     for wrong in ("0", "-1", "nan", "inf"):
         with pytest.raises(UserError, match="--target-flops is"):

@@ -38,19 +38,24 @@ def looks(
             yield f"step, {shape['rows']} rows", partial(step_row, shape, worker, share, cuda, times)
     yield "decision", lambda: controller_rows(step, interval, worker, times.get(step["rows"], float("nan")))
     one = {**step, "accumulation": 1}
-    for what, names in (("loss", LOSSES), ("attention", ATTENTIONS), ("mlp", MLPS)):
+
+    def kernels(what: str, names: tuple[str, ...]) -> Iterator[Look]:
         for name in names:
-            if name != "auto":
+            if name != "auto" and not (cuda and name == "chunked"):  # chunks are for eager mode on a CPU
                 spec = {**one, "prepare": {what: name}}
                 yield f"{what} {name}", partial(step_row, spec, worker, share, cuda, {}, f", {what} {name}")
+
+    yield from kernels("loss", LOSSES)
+    yield from kernels("attention", ATTENTIONS)
     rates: dict[int, float] = {}  # episodes/s by E
     for E in EPISODES:
         yield f"{E} episodes", partial(episodes_row, E, episode, num_iterations, worker, share, rates)
+    yield "recompilations", lambda: [recompilation_row(step, worker)]
     if cuda:
         for E in EPISODES[:2]:
             shape = {**episode, "cuda_graphs": True}
             yield f"{E} episodes, CUDA graphs", partial(graphs_row, E, shape, num_iterations, worker, share, rates)
-    yield "recompilations", lambda: [recompilation_row(step, worker)]
+    yield from kernels("mlp", MLPS)
     if cuda:
         yield "twin", lambda: compiled_straight_rows([("the run's", one, 1)], worker, worker, share)
 
