@@ -7,10 +7,10 @@ python -m scripts.doctor --json OUT.json
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -64,12 +64,16 @@ def examine() -> dict[str, tuple[str, str]]:
             backend, "PyTorch's own kernels" if not cuda else "PyTorch's own kernels: a dense mask for windows, slow"
         ),
     )
-    triton = find_spec("triton") is not None
+    triton = importlib.util.find_spec("triton") is not None
     found["Triton"] = (
         ("there" if triton else "missing"),
         ("torch.compile works on a GPU" if triton else "no torch.compile on a GPU" if cuda else "not needed on a CPU"),
     )
-    losses = ["plain", *(["triton"] if triton else []), *(n for n, p in LOSS_PACKAGES.items() if find_spec(p))]
+    losses = [
+        "plain",
+        *(["triton"] if triton else []),
+        *(n for n, p in LOSS_PACKAGES.items() if importlib.util.find_spec(p)),
+    ]
     found["losses"] = ", ".join(losses), "the fastest is measured as a run starts" if cuda else "measured on a GPU only"
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     found["NCCL"] = (
@@ -90,7 +94,7 @@ def examine() -> dict[str, tuple[str, str]]:
         f"{disk / 1e9:.1f} GB free in {base_dir()}",
         ("room for checkpoints" if disk > checkpoints else f"the paper preset needs {checkpoints / 1e9:.0f} GB"),
     )
-    missing = [name for name in PACKAGES if find_spec(name) is None]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     found["missing"] = (
         ", ".join(missing) or "no package",
         ("; ".join(f"{name}: {PACKAGES[name]}" for name in missing) or "every stage can run"),
@@ -105,7 +109,7 @@ def main() -> int:
     found = examine()
     for topic, (what, meaning) in found.items():
         print(f"{topic:<10} {what} -> {meaning}")
-    unusable = find_spec("safetensors") is None or "too old" in found["torch"][1]
+    unusable = importlib.util.find_spec("safetensors") is None or "too old" in found["torch"][1]
     verdict = "cannot run here: see above" if unusable else "ready"
     print(f"{'verdict':<10} {verdict} (interpreter {sys.executable})")
     if args.json:
