@@ -18,8 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat import attention as attn_kernels
-from nanochat.cpu_kernels import mix, mlp, norm, rotary_norm
+from nanochat.common import UserError
+from nanochat.cpu_kernels import mix, norm, rotary_norm
 from nanochat.loss_head import head_loss, loss_kernel_for, softcapped_logits
+from nanochat.loss_packages import PACKAGES
+from nanochat.mlp_kernel import mlp, mlp_kernel_for
 from nanochat.optim import MuonAdamW
 
 VE_GATE_CHANNELS = 32  # the gate of the value embeddings reads this many channels of the block input
@@ -40,6 +43,11 @@ class GPTConfig:
         """Width = depth x aspect_ratio rounded up to a multiple of head_dim; heads = width / head_dim."""
         width = math.ceil(depth * aspect_ratio / head_dim) * head_dim
         return cls(n_layer=depth, n_head=width // head_dim, n_kv_head=width // head_dim, n_embd=width, **rest)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding tables and the head."""
+        return math.ceil(self.vocab_size / 64) * 64
 
 
 def has_value_embedding(layer: int, n_layer: int) -> bool:
@@ -119,9 +127,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(lead, width, 4 * width)
         self.c_proj = Linear(lead, 4 * width, width)
+        self.kernel = "plain"  # set by `GPT.prepare`
 
     def forward(self, x):
-        return mlp(x.flatten(-3, -2), self.c_fc.weight, self.c_proj.weight).view_as(x)
+        return mlp(x.flatten(-3, -2), self.c_fc.weight, self.c_proj.weight, self.kernel).view_as(x)
 
 
 class Block(nn.Module):
@@ -149,23 +158,22 @@ class GPT(nn.Module):
         if config.n_embd < VE_GATE_CHANNELS:
             raise ValueError(f"width {config.n_embd} is below {VE_GATE_CHANNELS}, which the value-embedding gate reads")
         self.config, self.runs = config, runs
-        self.backend, self.chunked_loss, self.fused_loss = "sdpa", False, ""  # set by `prepare`
+        self.backend, self.loss_kernel = "sdpa", "plain"  # set by `prepare`
         lead = () if runs is None else (runs,)
-        padded_vocab = math.ceil(config.vocab_size / 64) * 64
         head_dim = config.n_embd // config.n_head
         self.windows = window_sizes(config)
         self.transformer = nn.ModuleDict(
             {
-                "wte": Embedding(lead, padded_vocab, config.n_embd),
+                "wte": Embedding(lead, config.padded_vocab, config.n_embd),
                 "h": nn.ModuleList([Block(config, i, w, lead) for i, w in enumerate(self.windows)]),
             }
         )
-        self.lm_head = Linear(lead, config.n_embd, padded_vocab)
+        self.lm_head = Linear(lead, config.n_embd, config.padded_vocab)
         self.resid_lambdas = nn.Parameter(torch.empty(*lead, config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(*lead, config.n_layer))
         self.value_embeds = nn.ModuleDict(
             {
-                str(i): Embedding(lead, padded_vocab, config.n_kv_head * head_dim)
+                str(i): Embedding(lead, config.padded_vocab, config.n_kv_head * head_dim)
                 for i in range(config.n_layer)
                 if has_value_embedding(i, config.n_layer)
             }
@@ -183,33 +191,42 @@ class GPT(nn.Module):
         rows: int = 8,
         attention: str = "auto",
         loss: str = "auto",
+        mlp: str = "auto",
         cuda_graphs: bool = False,
     ) -> Callable:
         """Choose the kernels for the device that holds the weights; returns what to call in training.
 
         On CUDA that is the compiled model, in one graph. On a CPU it is the model itself: compilation takes half a
         minute, more than most runs on a CPU would gain (`scripts.bench` measures it). "auto" takes the kernel that is
-        fastest here for micro-batches of `rows` rows; `attention` and `loss` may name another of `ATTENTIONS` and
-        `LOSSES`. `cuda_graphs`: see `replayed`. Raises `UserError` for a kernel that is not there.
+        fastest here for micro-batches of `rows` rows; `attention`, `loss` and `mlp` may name another of `ATTENTIONS`,
+        `LOSSES` and `MLPS`. `cuda_graphs`: see `replayed`. Raises `UserError` for a kernel that is not there.
         """
         device, c, R = self.device.type, self.config, self.runs
         compiled = device != "cpu" if compiled is None else compiled
-        head_dim = c.n_embd // c.n_head
+        head_dim, tokens = c.n_embd // c.n_head, rows * c.sequence_len
         attended = attn_kernels.Shape(
             rows * (R or 1), c.sequence_len, c.n_head, c.n_kv_head, head_dim, tuple(self.windows)
         )
         self.backend = attn_kernels.backend_for(device, compiled, attended, attention)
         if self.backend == "flex":
             attn_kernels.prepare_block_masks(c.sequence_len, self.windows, self.device)
-        head = R, rows * c.sequence_len, c.n_embd, self.lm_head.weight.size(-2), c.vocab_size
-        loss = loss_kernel_for(device, compiled, head, loss)
-        self.chunked_loss, self.fused_loss = loss == "chunked", loss if loss.startswith("triton") else ""
+        head = R, tokens, c.n_embd, c.padded_vocab, c.vocab_size
+        self.loss_kernel = loss_kernel_for(device, compiled, head, loss)
+        mlp = mlp_kernel_for(device, compiled, (R, tokens, c.n_embd, 4 * c.n_embd), mlp)
+        for block in self.transformer.h:
+            block.mlp.kernel = mlp
         self.kernels = (
-            f"attention: {self.backend}; loss: {'full logits' if loss == 'plain' else loss}; torch.compile: "
-            + ("on" if compiled else "off, on a CPU its start costs more than it gains")
+            f"attention: {self.backend}; loss: {'full logits' if self.loss_kernel == 'plain' else self.loss_kernel}; "
+            f"MLP: {mlp}; torch.compile: " + ("on" if compiled else "off, on a CPU its start costs more than it gains")
         )
         if not compiled:
             return self
+        if self.loss_kernel in PACKAGES:  # the head stays outside the graph
+            if cuda_graphs:
+                raise UserError(
+                    f"CUDA graphs hold the whole step, but the loss kernel {self.loss_kernel} is outside it"
+                )
+            return partly_compiled(self)
         if cuda_graphs:
             return replayed(torch.compile(self, dynamic=False, fullgraph=True, mode="reduce-overhead"))
         return torch.compile(self, dynamic=False, fullgraph=True)
@@ -263,9 +280,12 @@ class GPT(nn.Module):
         are left out. `kv_cache` (one model only) holds the tokens before idx and grows by T. Raises ValueError for more
         tokens than the sequence length.
         """
+        return self.read_out(self.hidden(idx, kv_cache), targets, loss_reduction)
+
+    def hidden(self, idx, kv_cache=None):
+        """idx (B, T) -> the normed output of the last block (B, T, C); with runs (R, B, T, C)."""
         if self.runs is not None:
             idx = idx.expand(self.runs, *idx.shape[-2:])
-            targets = None if targets is None else targets.expand_as(idx)
         start = 0 if kv_cache is None else kv_cache.length
         T = idx.size(-1)
         if start + T > self.config.sequence_len:
@@ -280,15 +300,16 @@ class GPT(nn.Module):
             x = mix(x, x0, *(lambdas[i].view(scalars) for lambdas in per_layer))
             ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
             x = block(x, ve, cos, sin, self.backend, kv_cache)
-        x = norm(x)
+        return norm(x)
 
+    def read_out(self, x, targets=None, loss_reduction="mean"):
+        """The head on x (B, T, C), or with runs (R, B, T, C): what `forward` returns."""
         head, shape, V = self.lm_head.weight, x.shape[-3:-1], self.config.vocab_size
-        x = x.flatten(-3, -2)  # (..., N, C)
         if targets is None:
             head = head[..., :V, :] if head.size(-2) > V else head
-            return softcapped_logits(x, head).unflatten(-2, shape)
-        kernel = self.fused_loss or ("chunked" if self.chunked_loss else "plain")
-        return head_loss(x, head, targets.flatten(-2), V, kernel, loss_reduction)
+            return softcapped_logits(x.flatten(-3, -2), head).unflatten(-2, shape)
+        targets = targets.expand(x.shape[:-1]).flatten(-2)
+        return head_loss(x.flatten(-3, -2), head, targets, V, self.loss_kernel, loss_reduction)
 
     def num_params(self) -> int:
         """Parameters of one model."""
@@ -355,6 +376,17 @@ class GPT(nn.Module):
         covered, total = sum(p.numel() for g in groups for p in g["params"]), sum(p.numel() for p in self.parameters())
         assert covered == total, f"the groups hold {covered} of {total} parameters"
         return MuonAdamW(groups, rank=rank, world_size=world_size)
+
+
+def partly_compiled(model: GPT) -> Callable:
+    """A model's call in training whose loss is computed outside the compiled graph."""
+    hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
+
+    def forward(idx, targets, loss_reduction="mean"):
+        return model.read_out(hidden(idx), targets, loss_reduction)
+
+    forward.runs = model.runs  # what `nanochat.loss_eval` asks of a model
+    return forward
 
 
 def replayed(compiled: Callable) -> Callable:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nanochat.float8 import float8_product
+from nanochat.loss_packages import LOGITS_HELD
 
 BLOCK, NUM_WARPS = 2048, 8  # columns that a program reads at a time: 8 a thread, a load of 16 bytes in bf16
-CHUNK_ELEMENTS = 1 << 30  # logits held at a time, 2 GB in bf16: the fewer chunks, the larger the matrix products
+CHUNK_ELEMENTS = LOGITS_HELD
 
 # With z = sigmoid(2/15 logit) the capped logit is 15 (2 z - 1). e^(30 z) is its exponential times e^15, which cancels;
 # it is at most e^30, so no maximum need be subtracted: a row's sum is one pass, and its gradient a second one.
@@ -70,7 +71,7 @@ def head_losses(x: Tensor, weight: Tensor, targets: Tensor, vocab: int) -> Tenso
     with torch.autocast(x.device.type, enabled=False):
         w = weight.to(x.dtype)
         for part in _chunks(x, w):
-            _launch(_product(x[:, part], w.mT), targets[:, part], None, losses[:, part], vocab)
+            _launch(product(x[:, part], w.mT), targets[:, part], None, losses[:, part], vocab)
     return losses
 
 
@@ -91,10 +92,10 @@ def head_gradients(
     with torch.autocast(x.device.type, enabled=False):
         w = weight.to(x.dtype)
         for part in _chunks(x, w):
-            logits = float8_product(x[0, part], w[0])[None] if float8 else _product(x[:, part], w.mT)
+            logits = float8_product(x[0, part], w[0])[None] if float8 else product(x[:, part], w.mT)
             _launch(logits, targets[:, part], factors[:, part], losses[:, part], vocab)  # logits -> their gradient
-            grad_x[:, part] = _product(logits, w)
-            share = _product(logits.mT, x[:, part], torch.float32)
+            grad_x[:, part] = product(logits, w)
+            share = product(logits.mT, x[:, part], torch.float32)
             grad_w = share if grad_w is None else grad_w.add_(share)
             del logits  # before the next chunk's
     return losses, grad_x, grad_w
@@ -112,7 +113,7 @@ def _chunks(x: Tensor, w: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, x.size(1), rows)]
 
 
-def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """(R, n, k), (R, k, m) -> (R, n, m), accumulated in fp32 and, if asked for, kept so."""
     if out_dtype is not None and not a.is_cuda:
         a, b, out_dtype = a.to(out_dtype), b.to(out_dtype), None  # PyTorch has such products for CUDA only

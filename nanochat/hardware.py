@@ -9,6 +9,7 @@ import sys
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_packages import LOGITS_HELD
 
 PEAK_FLOPS = {  # dense bf16, by the makers' data sheets; the first name found in the device's counts
     "B200": 2250e12,
@@ -46,21 +47,30 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def step_bytes(config: GPTConfig, rows: int, on_cuda: bool) -> int:
+def step_bytes(config: GPTConfig, rows: int, on_cuda: bool, loss_kernel: str = "plain") -> int:
     """Memory of a training step with so many rows, roughly (assumption: not measured on a GPU).
 
     Weights, gradients, two moments and work space in fp32. Per token the activations that backward needs, about 40 a
-    layer and channel, in bf16 on CUDA; and there the logits in bf16, capped in fp32, and their gradient. A CPU holds a
-    chunk of the logits only.
+    layer and channel, in bf16 on CUDA. There, of the logits: with "plain" all of them, in bf16, capped in fp32, and
+    their gradient; with a kernel no more of them in bf16 than the kernel holds at a time, none with "cce", and the
+    gradients that its forward pass makes, of the head in fp32 and of its input. A CPU holds a chunk of the logits only.
     """
     with torch.device("meta"):
         parameters = GPT(config).num_params()
+    tokens = rows * config.sequence_len
     activations = 40 * config.n_embd * config.n_layer * (2 if on_cuda else 4)
-    logits = config.vocab_size * (2 + 4 + 4) if on_cuda else 0
-    return 4 * 6 * parameters + rows * config.sequence_len * (activations + logits)
+    logits = 0
+    if on_cuda and loss_kernel == "plain":
+        logits = tokens * config.vocab_size * (2 + 4 + 4)
+    elif on_cuda:
+        held = 0 if loss_kernel == "cce" else min(LOGITS_HELD, tokens * config.padded_vocab)
+        logits = 2 * held + config.n_embd * (2 * tokens + 4 * config.padded_vocab)
+    return 4 * 6 * parameters + tokens * activations + logits
 
 
-def fitting_rows(config: GPTConfig, rows_per_step: int, world_size: int, free: int, on_cuda: bool) -> int:
+def fitting_rows(
+    config: GPTConfig, rows_per_step: int, world_size: int, free: int, on_cuda: bool, loss_kernel: str = "plain"
+) -> int:
     """The most rows of a micro-batch that divide a rank's share of a step and fit `free` bytes; at least 1.
 
     0 if the step's rows do not divide by the ranks.
@@ -69,6 +79,8 @@ def fitting_rows(config: GPTConfig, rows_per_step: int, world_size: int, free: i
         return 0
     share = rows_per_step // world_size
     fitting = (
-        n for n in range(share, 1, -1) if share % n == 0 and step_bytes(config, n, on_cuda) <= MEMORY_SHARE * free
+        n
+        for n in range(share, 1, -1)
+        if share % n == 0 and step_bytes(config, n, on_cuda, loss_kernel) <= MEMORY_SHARE * free
     )
     return next(fitting, 1)

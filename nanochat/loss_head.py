@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from nanochat.common import UserError
 from nanochat.kernel_choice import fastest
+from nanochat.loss_packages import PACKAGES, package_loss
 
 SOFTCAP = 15.0
-LOSSES = ("auto", "plain", "chunked", "triton", "triton-fp8")
+LOSSES = ("auto", "plain", "chunked", "triton", "triton-fp8", *PACKAGES)
 MEASURED_TOKENS = 1 << 15  # a choice of the kernel is made with at most so many, over all runs
 TOLERANCE = 0.02  # relative error of a kernel in bf16 against the plain form
 CHUNK_ELEMENTS = 1 << 22  # logits that `ChunkedLoss` holds at a time: 16 MB; smaller chunks read the weights more often
@@ -38,7 +39,8 @@ def head_loss(
     Mean over the tokens whose target is not -1, () or (R,); with `reduction` "none" losses (N,) or (R, N), 0 where the
     target is -1. `kernel`: "plain" keeps the logits, as autograd or torch.compile will have them; "chunked" is
     `ChunkedLoss` where a mean is differentiated, else plain; "triton" is `nanochat/gpu_kernels.py`, and "triton-fp8"
-    the same with the logits' product in float8 in training.
+    the same with the logits' product in float8 in training; "liger" and "cce" are `nanochat/loss_packages.py`, for one
+    model, and plain where losses per token are differentiated, which some versions of Liger do wrongly.
     """
     if kernel.startswith("triton"):
         from nanochat.gpu_kernels import fused_loss
@@ -47,6 +49,8 @@ def head_loss(
         loss = fused_loss(*rows, vocab, reduction, float8=kernel == "triton-fp8")
         return loss if x.dim() == 3 else loss[0]
     weight = weight[..., :vocab, :] if weight.size(-2) > vocab else weight
+    if kernel in PACKAGES and (reduction == "mean" or not torch.is_grad_enabled()):
+        return package_loss(x, weight, targets, SOFTCAP, kernel, reduction)
     if kernel == "chunked" and reduction == "mean" and torch.is_grad_enabled():
         if x.dim() == 2:
             return ChunkedLoss.apply(x[None], weight[None], targets[None])[0]
@@ -126,12 +130,14 @@ def loss_kernel_for(
     """The kernel of `head_loss` on this device, for `shape`: R or None, N, C, P, V.
 
     "auto" on a CPU: "chunked" in eager mode, "plain" where it is compiled. "auto" on CUDA: the fastest of what is
-    there, by a measurement that is printed. Raises `UserError` for one that is not there.
+    there, float8 left out, by a measurement that is printed. Raises `UserError` for one that is not there.
     """
     cuda, (R, N, *sizes) = device_type == "cuda", shape
-    names = ["plain", "chunked"]
+    names, measured = ["plain", "chunked"], ["plain"]
     if cuda and importlib.util.find_spec("triton") is not None:
-        names += ["triton"]
+        packages = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is not None]
+        measured = ["triton", "plain", *packages]
+        names += ["triton", *(packages if R is None else [])]
         if R is None and torch.cuda.get_device_capability() >= (8, 9):
             names += ["triton-fp8"]
     if asked in names:
@@ -140,14 +146,16 @@ def loss_kernel_for(
         raise UserError(f"loss kernel {asked!r} is not available here; there is {', '.join(names)}")
     if not cuda:
         return "plain" if compiled else "chunked"
-    if "triton" not in names:
+    if len(measured) == 1:
         return "plain"
-    return measured_loss((R, min(N, max(1, MEASURED_TOKENS // (R or 1))), *sizes), compiled)
+    return measured_loss((R, min(N, max(1, MEASURED_TOKENS // (R or 1))), *sizes), compiled, tuple(measured))
 
 
 @cache
-def measured_loss(shape: tuple[int | None, int, int, int, int], compiled: bool, rounds: int = 10) -> str:
-    """The fastest kernel for a mean loss in bf16 and its gradients, on this GPU; the plain form as it will be used."""
+def measured_loss(
+    shape: tuple[int | None, int, int, int, int], compiled: bool, names: tuple[str, ...], rounds: int = 10
+) -> str:
+    """The fastest of `names` for a mean loss in bf16 and its gradients, on this GPU; each as it will be used."""
     R, N, C, P, V = shape
     device, lead = torch.device("cuda", torch.cuda.current_device()), () if R is None else (R,)
     g = torch.Generator(device).manual_seed(0)
@@ -159,7 +167,8 @@ def measured_loss(shape: tuple[int | None, int, int, int, int], compiled: bool, 
         def loss_of(x, weight):
             return head_loss(x, weight, targets, V, kernel).sum()
 
-        f = torch.compile(loss_of, dynamic=False, fullgraph=True) if compiled else loss_of
+        in_graph = compiled and kernel not in PACKAGES
+        f = torch.compile(loss_of, dynamic=False, fullgraph=True) if in_graph else loss_of
 
         def forward_backward():
             with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -168,4 +177,4 @@ def measured_loss(shape: tuple[int | None, int, int, int, int], compiled: bool, 
 
         return forward_backward
 
-    return fastest("loss", {name: run(name) for name in ("triton", "plain")}, "plain", TOLERANCE, rounds)
+    return fastest("loss", {name: run(name) for name in names}, "plain", TOLERANCE, rounds)

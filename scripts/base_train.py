@@ -35,8 +35,9 @@ from nanochat.divergence_guard import DivergenceGuard, Verdict
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import fitting_rows, free_bytes
-from nanochat.loss_head import LOSSES
+from nanochat.loss_head import LOSSES, loss_kernel_for
 from nanochat.lr_schedule import base_hparams
+from nanochat.mlp_kernel import MLPS
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import Stopwatch, format_seconds
 from nanochat.schedule_free import ScheduleFreeMuon
@@ -63,6 +64,8 @@ def flags() -> argparse.ArgumentParser:
     flag("--max-seq-len", type=int, default=2048)
     # length and batch
     flag("--num-iterations", type=int, default=-1, help="optimizer steps; -1 = from --target-param-data-ratio")
+    what = "floating-point operations of training, from which the steps follow; default: the flags beside decide"
+    flag("--target-flops", type=float, help=what)
     flag("--target-param-data-ratio", type=float, default=4.0, help="training tokens per parameter")
     flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank; -1 = what the memory holds")
     # hyperparameters
@@ -111,12 +114,13 @@ def flags() -> argparse.ArgumentParser:
     flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
     flag("--attention", choices=ATTENTIONS, default="auto", help="kernel; auto = on a GPU the fastest, by measurement")
     flag("--loss-kernel", choices=LOSSES, default="auto", help="likewise; triton-fp8 rounds the logits' product")
+    flag("--mlp-kernel", choices=MLPS, default="auto", help="likewise")
     flag("--seed", type=int, default=42)
     return parser
 
 
 MAY_CHANGE = {"resume", "run", "model_tag", "device_batch_size", "save_every", "device_type", "sample_tokens"}
-MAY_CHANGE |= {"attention"}  # the kernel of the loss may not: one of them rounds
+MAY_CHANGE |= {"attention", "mlp_kernel"}  # the kernel of the loss may not: one of them rounds
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Controller | None]:
@@ -154,10 +158,10 @@ def main() -> int:
     config = model.config
     if args.device_batch_size == -1:
         args.device_batch_size = rows_that_fit(args, config, compute)
-    kernels = {"rows": args.device_batch_size, "attention": args.attention, "loss": args.loss_kernel}
-    forward = model.prepare(**kernels)  # the model as it is called: compiled on CUDA
+    kernels = {"attention": args.attention, "loss": args.loss_kernel, "mlp": args.mlp_kernel}
+    forward = model.prepare(rows=args.device_batch_size, **kernels)  # the model as it is called: compiled on CUDA
     print0(model.kernels)
-    num_iterations, accumulation = derive_length(args, model.num_params(), compute.world_size)
+    num_iterations, accumulation = derive_length(args, model, compute.world_size)
     optimizer, schedule = build_optimizer(args, model, compute)
     groups = optimizer.param_groups
 
@@ -303,15 +307,22 @@ def rows_that_fit(args: argparse.Namespace, config: GPTConfig, compute: Compute)
     """--device-batch-size -1: the most rows whose step fits the memory of every rank, by an estimate."""
     free = least_over_ranks(free_bytes(compute.device), compute)
     rows = args.total_batch_size // args.max_seq_len
-    fitting = fitting_rows(config, rows, compute.world_size, free, compute.is_cuda)
+    head = None, rows * args.max_seq_len, config.n_embd, config.padded_vocab, config.vocab_size
+    kernel = loss_kernel_for(compute.device.type, compute.is_cuda, head, args.loss_kernel)
+    fitting = fitting_rows(config, rows, compute.world_size, free, compute.is_cuda, kernel)
+    fitting = least_over_ranks(fitting, compute)  # which may have chosen different kernels
     if fitting == 0:
         raise UserError(f"{rows} rows a step do not divide by {compute.world_size} ranks; change --total-batch-size")
     print0(f"rows per micro-batch and rank: {fitting} of {rows // compute.world_size}, {free / 1e9:.1f} GB are free")
     return fitting
 
 
-def derive_length(args: argparse.Namespace, n_params: int, world_size: int) -> tuple[int, int]:
-    """(steps of the run, micro-batches of a step). Raises `UserError` for a batch that does not divide."""
+def derive_length(args: argparse.Namespace, model: GPT, world_size: int) -> tuple[int, int]:
+    """(steps of the run, micro-batches of a step). Raises `UserError` for a batch that does not divide.
+
+    --target-flops is no preset's, so it goes before --num-iterations, which is some presets'; then the ratio.
+    """
+    n_params, step_flops = model.num_params(), model.flops_per_token() * args.total_batch_size
     micro = args.device_batch_size * args.max_seq_len * world_size  # tokens
     if args.total_batch_size % micro:
         nearest = max(1, round(args.total_batch_size / micro)) * micro
@@ -319,13 +330,20 @@ def derive_length(args: argparse.Namespace, n_params: int, world_size: int) -> t
             f"--total-batch-size {args.total_batch_size} does not divide into micro-batches of {micro} tokens "
             f"(--device-batch-size x --max-seq-len x ranks); the nearest that does is {nearest}"
         )
-    steps = args.num_iterations
-    if steps == -1:
-        steps = max(1, round(args.target_param_data_ratio * n_params / args.total_batch_size))
+    ratio = args.target_param_data_ratio
+    if args.target_flops is not None:
+        steps = max(1, round(args.target_flops / step_flops))
+        given = f"--target-flops {args.target_flops:.3g} / {step_flops:.3g} a step"
+    elif args.num_iterations != -1:
+        steps, given = args.num_iterations, "--num-iterations"
+    else:
+        steps = max(1, round(ratio * n_params / args.total_batch_size))
+        given = f"{ratio:g} tokens per parameter x {n_params:,} / {args.total_batch_size:,} a step"
     accumulation = args.total_batch_size // micro
     print0(
         f"length: {steps} steps x {args.total_batch_size:,} tokens (= {accumulation} micro-batches x {micro:,}) "
-        f"= {steps * args.total_batch_size / n_params:.2f} tokens per parameter"
+        f"= {steps * args.total_batch_size / n_params:.2f} tokens per parameter = {steps * step_flops:.3g} FLOPs; "
+        f"steps: {given}"
     )
     return steps, accumulation
 
@@ -418,7 +436,7 @@ def check_flags(args: argparse.Namespace) -> None:
     check_numbers(
         args,
         {
-            (1, LARGEST): ["max_seq_len", "total_batch_size", "decision_interval"],
+            (1, LARGEST): ["max_seq_len", "total_batch_size", "decision_interval", "target_flops"],
             (0, LARGEST): NOT_NEGATIVE,
             (0, 1): ["warmup_ratio", "warmdown_ratio"],
             (0, 0.9999): ["adam_beta1", "adam_beta2", "sf_beta2"],

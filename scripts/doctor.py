@@ -19,6 +19,7 @@ from nanochat import attention
 from nanochat.common import base_dir, run_main
 from nanochat.files import write_json
 from nanochat.hardware import free_bytes, peak_flops
+from nanochat.loss_packages import PACKAGES as LOSS_PACKAGES
 from scripts.presets import gpu_evidence
 
 # What stops working without each package. None of them is imported before it is needed.
@@ -68,6 +69,12 @@ def examine() -> dict[str, tuple[str, str]]:
         ("there" if triton else "missing"),
         ("torch.compile works on a GPU" if triton else "no torch.compile on a GPU" if cuda else "not needed on a CPU"),
     )
+    losses = [
+        "plain",
+        *(["triton"] if triton else []),
+        *(n for n, p in LOSS_PACKAGES.items() if importlib.util.find_spec(p)),
+    ]
+    found["losses"] = ", ".join(losses), "the fastest is measured as a run starts" if cuda else "measured on a GPU only"
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     found["NCCL"] = (
         ".".join(map(str, torch.cuda.nccl.version())) if cuda and nccl else "there" if nccl else "missing",

@@ -81,6 +81,8 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--trust-region", type=float, default=1.0, help="critic: nats that an update moves the policy's mean, at most")
     flag("--pessimism", type=float, default=1.0, help="critic: standard deviations that the last update takes off")
     flag("--variation-cost", type=float, default=0.5, help="critic: what a schedule must earn over a constant")
+    what = "on a GPU, replay an episode's step from a CUDA graph; off until a GPU has shown a gain (scripts.bench)"
+    flag("--cuda-graphs", action="store_true", help=what)
     flag("--policy-lr", type=float, default=3e-4)
     flag("--policy-lr-schedule", choices=["constant", "linear"], default="constant", help="linear: to 0 at the end")
     flag(

@@ -79,7 +79,7 @@ SEEDS = {
     "action": "actions",
 }  # of the trainer: the names they derive from
 # what may differ when a run goes on
-MAY_CHANGE = set("resume run model_tag save_every device_type episode_chunk episode_workers".split())
+MAY_CHANGE = set("resume run model_tag save_every device_type episode_chunk episode_workers cuda_graphs".split())
 
 
 def main() -> int:
@@ -268,7 +268,10 @@ def make_episodes(
         schedule=schedule,
         seed=args.seed,
         shared=args.episode_starts == "shared",
+        cuda_graphs=args.cuda_graphs,
     )
+    if args.cuda_graphs and not compute.is_cuda:
+        print0("--cuda-graphs: a CPU has none, the steps are what they are without")
     if workers == 1:
         task = make_task()
     else:

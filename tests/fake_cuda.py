@@ -51,7 +51,9 @@ def build(folder: Path) -> Path:
 def make(runs: int | None, backend: str, loss: str) -> GPT:
     with torch.device("cuda"):
         model = GPT(GPTConfig(sequence_len=T, vocab_size=V, n_layer=2, n_head=2, n_kv_head=2, n_embd=256), runs)
-    model.backend, model.fused_loss = backend, "" if loss == "plain" else loss
+    model.backend, model.loss_kernel = backend, loss
+    for block in model.transformer.h:
+        block.mlp.kernel = "plain" if loss == "plain" else "triton"
     if backend == "flex":
         attention.prepare_block_masks(T, model.windows, model.device)
     return model

@@ -15,9 +15,11 @@ import torch
 
 from jel.controller import Controller
 from nanochat.checkpoint import load_checkpoint
-from nanochat.common import Compute
+from nanochat.common import Compute, UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run_log import MEASURED
+from scripts import base_train
+from scripts.presets import parse_with_preset
 from scripts.run_state import Cost
 from tests.conftest import run_script
 
@@ -240,3 +242,28 @@ def test_ranks_observe_in_one_order(train):
         ]
         for rank in ranks:
             assert rank.result().returncode == 0, rank.result().stderr
+
+
+# -----------------------------------------------------------------------------
+# length
+
+
+def lengths(*flags) -> tuple[int, int]:
+    args = parse_with_preset(base_train.flags(), "base_train", ["--preset", "paper", *flags])
+    base_train.check_flags(args)
+    with torch.device("meta"):
+        return base_train.derive_length(args, GPT(GPTConfig.from_depth(6)), 1)
+
+
+def test_the_length_of_a_run_and_its_formula(capsys):
+    assert lengths() == (561, 8)
+    assert "= 5.2e+16 FLOPs; steps: 4 tokens per parameter x 73,531,692 / 524,288 a step" in capsys.readouterr().out
+    assert lengths("--target-flops", "5.2e16")[0] == 561
+    assert "steps: --target-flops 5.2e+16 / 9.28e+13 a step" in capsys.readouterr().out
+    assert lengths("--num-iterations", "7")[0] == 7
+    assert "steps: --num-iterations" in capsys.readouterr().out
+    assert lengths("--num-iterations", "7", "--target-flops", "1e15")[0] == round(1e15 / 9.28e13)
+    assert lengths("--target-flops", "1")[0] == 1
+    for wrong in ("0", "-1", "nan", "inf"):
+        with pytest.raises(UserError, match="--target-flops is"):
+            lengths("--target-flops", wrong)

@@ -14,7 +14,7 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from scripts.bench import __main__ as bench
 from scripts.bench import growth
-from scripts.bench.first_look import episodes_row, looks, step_row
+from scripts.bench.first_look import episodes_row, graphs_row, looks, step_row
 from scripts.bench.rows import compiled_straight_rows, controller_rows, data_rows, mfu_note
 from scripts.bench.shapes import preset_shapes
 from scripts.bench.table import compared
@@ -236,10 +236,12 @@ def test_a_first_look_begins_with_the_step_and_ends_with_what_takes_longest():
     step, episode, train, meta = preset_shapes("paper")
     names = [name for name, _ in looks(step, episode, 561, 50, None, True, 60.0)]
     assert names[:4] == ["step, 32 rows", "step, 64 rows", "step, 128 rows", "decision"]
-    assert [n for n in names if "episodes" in n] == [f"{E} episodes" for E in (1, 8, 16, 32)]
-    assert names[-2:] == ["recompilations", "twin"] and "twin" not in [
-        name for name, _ in looks(step, episode, 561, 50, None, False, 60.0)
-    ]
+    graphs = [f"{E} episodes, CUDA graphs" for E in (1, 8)]
+    assert [n for n in names if "episodes" in n] == [f"{E} episodes" for E in (1, 8, 16, 32)] + graphs
+    assert {"loss triton", "loss liger", "loss cce", "attention fa3"} < set(names)
+    assert names[-6:] == ["recompilations", *graphs, "mlp plain", "mlp triton", "twin"]
+    on_a_cpu = [name for name, _ in looks(step, episode, 561, 50, None, False, 60.0)]
+    assert set(names) ^ set(on_a_cpu) == {"twin", "loss chunked", *graphs}
 
 
 def test_rates_of_a_first_look(monkeypatch):
@@ -250,6 +252,30 @@ def test_rates_of_a_first_look(monkeypatch):
     for E in (1, 8):
         (row,) = episodes_row(E, SPEC, 30, None, 1.0, rates)
     assert rates == {1: 3 / 30 / 0.5, 8: 8 * 3 / 30 / 0.5} and row.ratio == pytest.approx(8.0)
+    monkeypatch.setattr("scripts.bench.first_look.timed", lambda worker, spec, seconds: [0.25])
+    (row,) = graphs_row(8, SPEC, 30, None, 1.0, rates)
+    assert row.ratio == pytest.approx(2.0) and row.other == rates[8] and row.what.endswith("CUDA graphs")
+    (row,) = graphs_row(16, SPEC, 30, None, 1.0, rates)
+    assert row.ratio is None
+
+
+def test_every_look_runs_at_a_small_size(worker):
+    """All that `--preset paper --quick` measures on a GPU, as far as a CPU has it; the rest is refused."""
+    step = {**SPEC, "accumulation": 4}
+    refused, measured = {}, {}
+    for name, look in looks(step, {**SPEC, "cuda_graphs": True}, 30, 50, worker, False, 0.0):
+        try:
+            (measured[name], *_) = look()
+        except UserError as e:
+            refused[name] = str(e)
+    assert all("not available here" in reason for reason in refused.values()), refused
+    assert set(refused) == {
+        *(f"loss {k}" for k in ("triton", "triton-fp8", "liger", "cce")),
+        *(f"attention {k}" for k in ("fa3", "varlen", "flex")),
+        "mlp triton",
+    }
+    assert all(row.ours > 0 for name, row in measured.items() if name != "recompilations")
+    assert measured["recompilations"].ours == 0
 
 
 def test_a_failed_worker_is_an_error_of_one_line():

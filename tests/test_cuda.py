@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
+from jel.tasks.pretrain import PretrainTask, uniform_base
 from nanochat.common import Compute, init_compute
 from nanochat.divergence_guard import DivergenceGuard, Verdict
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.train_step import train_step
+from scripts.bench.cases import random_cache
 from scripts.run_state import Progress
 from scripts.update_judge import UpdateJudge
 from tests.conftest import ROOT, run_script
@@ -101,6 +104,42 @@ def test_the_loss_kernel_is_its_twin(gpu, kernel):
     assert found[kernel][0].item() == pytest.approx(found["plain"][0].item(), rel=2e-2)
     for a, b in zip(found[kernel][1:], found["plain"][1:]):
         assert cosine(a, b) > (0.99 if kernel == "triton-fp8" else 0.999)
+
+
+def test_the_mlp_kernel_is_its_twin(gpu):
+    pytest.importorskip("nanochat.gpu_mlp")
+    from nanochat.mlp_kernel import mlp
+
+    g = torch.Generator("cuda").manual_seed(0)
+    sizes = (1000, 256), (1024, 256), (256, 1024)
+    x, up, down = ((torch.randn(s, device="cuda", generator=g) / s[-1] ** 0.5).requires_grad_() for s in sizes)
+    rows, found = x.bfloat16(), {}
+    for name in ("plain", "triton"):
+        with gpu.autocast():
+            y = mlp(rows, up, down, name)
+        found[name] = y, *torch.autograd.grad(y.float().square().sum(), (x, up, down), retain_graph=True)
+    assert all(cosine(a, b) > 0.999 for a, b in zip(*found.values()))
+
+
+def test_cuda_graphs_change_no_episode(gpu, tmp_path, monkeypatch):
+    """Losses, gradient norms and weights, with observations in the order that a replay would spoil."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    config = GPTConfig(sequence_len=128, vocab_size=1024, n_layer=2, n_head=2, n_kv_head=2, n_embd=256)
+    cache, found = random_cache(config), {}
+    base = partial(uniform_base, lr=1e-3, weight_decay=1e-2)
+    schedule = {"warmup_ratio": 0.0, "warmdown_ratio": 0.4, "final_lr_frac": 0.0, "final_wd_frac": 0.0}
+    made_of = {"batch_size": 8, "probe_batches": 2, "make_optimizer": base, "schedule": schedule, "seed": 0}
+    for graphs in (False, True):
+        task = PretrainTask(config, cache, gpu, num_steps=12, cuda_graphs=graphs, **made_of)
+        task.reset(0, range(3))
+        multipliers, seen = {"*": {"lr": torch.tensor([0.5, 1.0, 2.0])}}, []
+        for first in (0, 6):
+            task.train(first, 6, multipliers)
+            seen += [task.observe([name])[name].cpu() for name in ("probe_loss", "train_loss", "grad_norm")]
+        found[graphs] = torch.stack(seen), [p.detach().cpu().clone() for p in task.model.parameters()]
+        task.close()
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-2, atol=1e-2)
+    assert all(cosine(a, b) > 0.999 for a, b in zip(found[True][1], found[False][1]))
 
 
 def make_judge(model: GPT, compute: Compute) -> UpdateJudge:

@@ -26,7 +26,7 @@ def make(seed=0, dtype=torch.float64, chunked=False, runs=None, **config) -> GPT
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=g), alpha=0.1)
-    model.chunked_loss = chunked
+    model.loss_kernel = "chunked" if chunked else "plain"
     return model
 
 

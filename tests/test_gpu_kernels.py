@@ -1,4 +1,6 @@
-"""The Triton kernel against the plain form, on a GPU or in Triton's interpreter; float8; what it compiles to.
+"""The Triton kernel of the loss against the plain form, on a GPU or in Triton's interpreter; float8.
+
+And what all kernels compile to.
 
 R runs, N tokens, C width, P = V padded, V vocabulary.
 """
@@ -150,30 +152,36 @@ COMPILE = """
 import json, subprocess, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanochat import gpu_kernels
-kernel, found = gpu_kernels.softcap_cross_entropy, {}
-types = {"logits": "*bf16", "targets": "*i64", "factors": "*fp32", "losses": "*fp32", "V": "i32", "P": "i32"}
+from nanochat import gpu_kernels, gpu_mlp
+loss = {"logits": "*bf16", "targets": "*i64", "factors": "*fp32", "losses": "*fp32", "V": "i32", "P": "i32"}
+cases = {}  # kernel, types, constants, warps
+for gradient in (False, True):
+    constants = {"GRADIENT": gradient, "BLOCK": gpu_kernels.BLOCK}
+    cases[f"loss {gradient}"] = gpu_kernels.softcap_cross_entropy, loss, constants, gpu_kernels.NUM_WARPS
+constants = {"BLOCK": gpu_mlp.BLOCK}
+cases["relu2"] = gpu_mlp.relu_squared, {"h": "*bf16", "n": "i32"}, constants, gpu_mlp.NUM_WARPS
+types = {"y": "*bf16", "grad": "*bf16", "n": "i32"}
+cases["relu2 gradient"] = gpu_mlp.relu_squared_gradient, types, constants, gpu_mlp.NUM_WARPS
+found = {}
 for capability in (80, 90):
-    for gradient in (False, True):
-        constants = {"GRADIENT": gradient, "BLOCK": gpu_kernels.BLOCK}
+    for name, (kernel, types, constants, warps) in cases.items():
         source = ASTSource(
             kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants,
             {(i,): [["tt.divisibility", 16]] for i in range(len(types))},
         )
-        options = {"num_warps": gpu_kernels.NUM_WARPS}
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
             f.write(compiled.asm["ptx"])
             f.flush()
             arch = "sm_90a" if capability == 90 else f"sm_{capability}"
             command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", arch, f.name, "-o", "/dev/null"]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        found[f"{capability} {gradient}"] = len(compiled.asm["cubin"]), said
+        found[f"{name} sm_{capability}"] = len(compiled.asm["cubin"]), warps, said, compiled.asm["ptx"]
 print(json.dumps(found))
 """
 
 
-def test_kernel_compiles_for_a100_and_h100_without_spills(tmp_path):
+def test_kernels_compile_for_a100_and_h100_without_spills(tmp_path):
     """Offline, by the compiler that comes with Triton: machine code, no spilled registers, full occupancy."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     env.pop("TRITON_INTERPRET", None)
@@ -181,8 +189,10 @@ def test_kernel_compiles_for_a100_and_h100_without_spills(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=240)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert len(found) == 4
-    for size, said in found.values():
-        assert size > 1000 and "0 bytes spill stores, 0 bytes spill loads" in said, said
+    assert len(found) == 8
+    for name, (size, warps, said, ptx) in found.items():
+        assert size > 1000 and "0 bytes spill stores, 0 bytes spill loads" in said, (name, said)
         registers = int(said.split("Used ")[1].split()[0])
-        assert registers * 32 * gpu_kernels.NUM_WARPS * 6 <= 65536, said  # 6 programs a multiprocessor
+        assert registers * 32 * warps * 6 <= 65536, (name, said)  # 6 programs a multiprocessor
+        if name.startswith("relu2"):  # 8 elements in bf16 a load, the widest there is
+            assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, name

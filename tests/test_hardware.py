@@ -39,6 +39,30 @@ def test_an_h200_holds_more_than_the_default_and_a_small_card_less():
     assert rows[16] < 32 <= rows[80] <= rows[141]
 
 
+def test_a_kernel_of_the_loss_holds_fewer_logits():
+    """At depth 6 and 32 rows the full logits are 21 GB of 35; a kernel's are 2 GB, and cut-cross-entropy has none."""
+    gigabytes = {k: step_bytes(PAPER, 32, True, k) / 1e9 for k in ("plain", "triton", "liger", "cce")}
+    assert gigabytes["plain"] - gigabytes["triton"] > 18 and gigabytes["triton"] == gigabytes["liger"]
+    assert gigabytes["triton"] - gigabytes["cce"] == pytest.approx(2 * 2**30 / 1e9)
+    rows = {k: fitting_rows(PAPER, 256, 1, 80 * 10**9, True, k) for k in gigabytes}
+    assert rows["plain"] == 32 and rows["triton"] == 128
+    growth = step_bytes(PAPER, 64, True, "triton") - step_bytes(PAPER, 32, True, "triton")
+    assert growth < (step_bytes(PAPER, 64, True) - step_bytes(PAPER, 32, True)) / 2
+    assert step_bytes(PAPER, 32, False, "chunked") == step_bytes(PAPER, 32, False)
+
+
+def test_minus_one_asks_for_the_kernel_of_the_loss(monkeypatch):
+    """With "auto" the measured one, at the shape that `GPT.prepare` measures too, so that it is measured once."""
+    args = parse_with_preset(base_train.flags(), "base_train", ["--preset", "paper", "--device-batch-size", "-1"])
+    asked = []
+    monkeypatch.setattr(base_train, "loss_kernel_for", lambda *a: asked.append(a) or "triton")
+    monkeypatch.setattr(base_train, "free_bytes", lambda device: 80 * 10**9)
+    monkeypatch.setattr(base_train, "least_over_ranks", lambda value, compute: value)
+    rows = base_train.rows_that_fit(args, PAPER, Compute(0, 1, torch.device("cuda")))
+    assert rows == fitting_rows(PAPER, 256, 1, 80 * 10**9, True, "triton")
+    assert asked == [("cuda", True, (None, 256 * 2048, 384, 32768, 32768), "auto")]
+
+
 def test_minus_one_is_taken_by_base_train(monkeypatch, capsys):
     args = parse_with_preset(base_train.flags(), "base_train", ["--preset", "smoke", "--device-batch-size", "-1"])
     base_train.check_flags(args)

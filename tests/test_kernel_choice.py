@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from nanochat import attention as attention_module
-from nanochat import kernel_choice, loss_head
+from nanochat import kernel_choice, loss_head, mlp_kernel
 from nanochat.attention import FULL, Shape, attention, backend_for
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, replayed
 from nanochat.kernel_choice import fastest
 from nanochat.loss_head import loss_kernel_for
+from nanochat.loss_packages import PACKAGES
+from nanochat.mlp_kernel import mlp_kernel_for
 
 LONG, SHORT = (Shape(2, T, 4, 4, 8, (T // 2, FULL)) for T in (2048, 256))
 HEAD = (None, 64, 32, 128, 100)
@@ -79,13 +81,52 @@ def test_loss_by_rule_and_by_measurement(hopper, monkeypatch):
     assert loss_kernel_for("cpu", False, HEAD) == "chunked" and loss_kernel_for("cpu", True, HEAD) == "plain"
     monkeypatch.setattr(loss_head.importlib.util, "find_spec", lambda name: None)
     assert loss_kernel_for("cuda", True, HEAD) == "plain" and not hopper
-    monkeypatch.setattr(loss_head.importlib.util, "find_spec", lambda name: name)
+    there = {"triton"}
+    monkeypatch.setattr(loss_head.importlib.util, "find_spec", lambda name: name if name in there else None)
     assert loss_kernel_for("cuda", True, (4, 1 << 20, 32, 128, 100)) == "triton"
-    assert hopper == [((4, loss_head.MEASURED_TOKENS // 4, 32, 128, 100), True)]  # not at more than fits
+    shape = 4, loss_head.MEASURED_TOKENS // 4, 32, 128, 100  # not at more than fits
+    assert hopper == [(shape, True, ("triton", "plain"))]
     assert loss_kernel_for("cuda", True, HEAD, "triton-fp8") == "triton-fp8"
+    with pytest.raises(UserError, match="'cce' is not available here"):
+        loss_kernel_for("cuda", True, HEAD, "cce")
+    there.update(PACKAGES.values())
+    for kernel in PACKAGES:
+        assert loss_kernel_for("cuda", True, HEAD, kernel) == kernel
+        with pytest.raises(UserError, match="not available here"):  # of a batched model
+            loss_kernel_for("cuda", True, (4, *HEAD[1:]), kernel)
+    loss_kernel_for("cuda", True, HEAD)
+    assert hopper[-1] == (HEAD, True, ("triton", "plain", "liger", "cce"))
 
 
-@pytest.mark.parametrize("what", [{"attention": "fa3"}, {"loss": "triton"}])
+def test_what_a_package_cannot_do_is_said(monkeypatch, capsys):
+    """Measured on a CPU in place of a GPU: runs side by side are refused by their reason, and another one is taken."""
+
+    def measured(names):
+        g = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(2, n, 8, generator=g) for n in (5, 64))
+        targets = torch.randint(60, (2, 5), generator=g)
+        runs = {n: lambda n=n: (loss_head.head_loss(x, weight, targets, 60, n),) for n in names}
+        return fastest("loss", runs, "plain", loss_head.TOLERANCE, 1)
+
+    assert measured(("plain", "liger", "cce")) == "plain"
+    said = capsys.readouterr().out
+    assert "liger refused (UserError: liger takes one model" in said and "cce refused (UserError: cce takes" in said
+
+
+def test_mlp_by_rule_and_by_measurement(hopper, monkeypatch):
+    shape, there = (None, 1 << 20, 32, 128), set()
+    monkeypatch.setattr(mlp_kernel, "measured_mlp", lambda *shape: hopper.append(shape) or "triton")
+    monkeypatch.setattr(mlp_kernel.importlib.util, "find_spec", lambda name: name if name in there else None)
+    assert mlp_kernel_for("cuda", True, shape) == "plain" and not hopper
+    there.add("triton")
+    assert mlp_kernel_for("cpu", True, shape) == mlp_kernel_for("cuda", True, shape, "plain") == "plain" and not hopper
+    assert mlp_kernel_for("cuda", True, shape) == mlp_kernel_for("cuda", True, shape, "triton") == "triton"
+    assert hopper == [((None, mlp_kernel.MEASURED_TOKENS, 32, 128), True)]
+    with pytest.raises(UserError, match="'triton' is not available here; there is plain"):
+        mlp_kernel_for("cpu", True, shape, "triton")
+
+
+@pytest.mark.parametrize("what", [{"attention": "fa3"}, {"loss": "triton"}, {"loss": "liger"}, {"mlp": "triton"}])
 def test_a_kernel_that_is_not_there_is_one_clear_line(what):
     model = GPT(GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
     with pytest.raises(UserError, match="is not available here; there is"):
@@ -164,5 +205,6 @@ def test_measured_choices_on_this_gpu(capsys):
     """Every candidate agrees with the reference, and one is chosen."""
     shape = Shape(2, 1024, 3, 3, 128, (512, FULL))
     assert attention_module.measured_backend(tuple(attention_module.candidates(True)), shape, True, 3)
-    assert loss_head.measured_loss((None, 4096, 384, 32768, 32768), True, 3)
+    assert loss_head.measured_loss((None, 4096, 384, 32768, 32768), True, ("triton", "plain"), 3)
+    assert mlp_kernel.measured_mlp((None, 4096, 384, 1536), True, 3)
     assert "refused" not in capsys.readouterr().out

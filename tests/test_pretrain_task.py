@@ -165,6 +165,54 @@ def test_observations_are_those_of_the_last_step_and_nan_before_it(make_task):
         task.observe(["progress", "hessian", "probe_loss"])
 
 
+def replaying(task):
+    """The task's forward pass as a CUDA graph's: each call overwrites what the calls before it returned, gradients too.
+
+    The returned loss is copied, as `nanochat.gpt.replayed` copies it.
+    """
+    forward = task.forward
+
+    def replay(*batch):
+        for p in task.model.parameters():
+            if p.grad is not None:
+                p.grad.fill_(float("nan"))
+        return forward(*batch).clone()
+
+    task.forward = replay
+    return task
+
+
+@pytest.mark.parametrize("names", [["grad_norm", "probe_loss"], ["probe_loss", "train_loss", "grad_norm"]])
+def test_cuda_graphs_change_no_number_and_no_order_of_observations(made_of, names):
+    """Bit for bit, with the flag on a CPU, and with a forward pass that overwrites as a replayed graph does."""
+    found = []
+    for kind in ("plain", "flag", "replayed"):
+        task = made_of(cuda_graphs=kind != "plain")
+        task.reset(0, range(3))
+        if kind == "replayed":
+            replaying(task)
+        seen = [task.observe(names)]
+        for first in (0, 3):
+            task.train(first, 3, MULTIPLIERS)
+            seen += [task.observe([name]) for name in names]
+        found.append((seen, learnt(task)))
+        task.close()
+    (seen, states), *others = found
+    assert all(value.isfinite().all() for step in seen[1:] for value in step.values())
+    for other, other_states in others:
+        for a, b in zip(seen, other, strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(-1), b[k].nan_to_num(-1)) for k in a)
+        assert all(torch.equal(a, b) for a, b in zip(states, other_states, strict=True))
+
+
+def test_without_the_flag_a_replay_would_overwrite_the_gradients(make_task):
+    """What the flag is for: a probe before the gradient norm."""
+    task = make_task()
+    task.reset(0, range(3))
+    replaying(task).train(0, 3, MULTIPLIERS)
+    assert task.observe(["probe_loss", "grad_norm"])["grad_norm"].isnan().all()
+
+
 # -----------------------------------------------------------------------------
 # snapshots
 

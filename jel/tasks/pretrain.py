@@ -65,6 +65,9 @@ class PretrainTask:
 
     `make_optimizer(model)` gives the base that multipliers act on: param groups with `initial_lr` and `initial_wd`.
     `schedule` holds the ratios of `base_hparams`. `probe_batches` batches of the probe split measure the loss.
+    `cuda_graphs`: on CUDA a step is replayed from a graph (see `nanochat.gpt.replayed`). An episode's steps have one
+    micro-batch, and training and probes one shape; the gradients, which the next forward pass overwrites, are measured
+    and let go as training pauses. It changes no number.
     """
 
     model: GPT
@@ -84,10 +87,11 @@ class PretrainTask:
         schedule: dict[str, float],
         seed: int,
         shared: bool = True,
+        cuda_graphs: bool = False,
     ):
         self.config, self.cache, self.compute, self.steps = config, cache, compute, num_steps
         self.batch_size, self.make_optimizer, self.schedule = batch_size, make_optimizer, schedule
-        self.seed, self.shared = seed, shared
+        self.seed, self.shared, self.cuda_graphs = seed, shared, cuda_graphs
         self._observer: Observer | None = None
         self.groups = group_names(config)
         if compute.device.type == "cpu":
@@ -123,6 +127,7 @@ class PretrainTask:
                     p[i].copy_(self._single.get_parameter(name))
         self._first_steps = first_steps[:1] if self.shared else first_steps
         self._train_loss = torch.full((len(init_seeds),), float("nan"), device=self.compute.device)
+        self._last_norm: Tensor | None = None
         self.optimizer.zero_grad(set_to_none=True)
         self._slots: dict[int, list[Tensor]] = {}
         self._steps_taken = 0
@@ -141,6 +146,9 @@ class PretrainTask:
             if self._observer is not None:
                 self._observer.observe(self._train_loss)
         self._steps_taken = first_step + steps
+        if self.cuda_graphs:  # a probe would overwrite the gradients
+            self._last_norm = self._grad_norm()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def observe(self, names: Collection[str]) -> dict[str, Tensor]:
         known = {"probe_loss": self._probe_loss, "train_loss": lambda: self._train_loss, "grad_norm": self._grad_norm}
@@ -177,6 +185,8 @@ class PretrainTask:
 
     def _grad_norm(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients and self._last_norm is not None:
+            return self._last_norm
         if not gradients:  # before the first step
             return torch.full_like(self._train_loss, float("nan"))
         squares = [g.flatten(1).to(torch.promote_types(g.dtype, torch.float32)).square().sum(1) for g in gradients]
@@ -203,7 +213,7 @@ class PretrainTask:
         for model in (self.model, self._single):
             model.to_empty(device=device)
         self.model.init_weights()
-        self.forward = self.model.prepare()
+        self.forward = self.model.prepare(rows=self.batch_size, cuda_graphs=self.cuda_graphs)
         self.optimizer = self.make_optimizer(self.model)
         seed = derive_seed(self.seed, "data")
         self.loaders = [

@@ -150,7 +150,8 @@ def case_recompilations(spec: dict, compute: Compute) -> Callable[[], dict]:
 def case_episodes(spec: dict, compute: Compute) -> Callable[[], None]:
     """`steps` steps and one probe batch for each of `episodes` episodes, `together` at a time.
 
-    Episodes that run together share `workers` processes, or are one batched program in this one.
+    Episodes that run together share `workers` processes, or are one batched program in this one, on CUDA with
+    `cuda_graphs` replayed from a graph.
     """
     together, workers, steps = spec["together"], spec.get("workers", 1), spec["steps"]
     num_steps = 33 * steps
@@ -166,6 +167,7 @@ def case_episodes(spec: dict, compute: Compute) -> Callable[[], None]:
         make_optimizer=partial(uniform_base, lr=1e-3, weight_decay=1e-2),
         schedule=SCHEDULE,
         seed=0,
+        cuda_graphs=spec.get("cuda_graphs", False),
     )
     task = make() if workers == 1 else ParallelTask(make, workers, group_names(config), lambda group: num_steps)
     task.reset(0, range(together))

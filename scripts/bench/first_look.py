@@ -6,13 +6,16 @@ Which micro-batch, loss kernel and attention kernel are best is read off them. R
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
 import torch
 
-from nanochat import attention, loss_head
+from nanochat.attention import ATTENTIONS
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_head import LOSSES
+from nanochat.mlp_kernel import MLPS
 from scripts.bench.rows import compiled_straight_rows, controller_rows, mfu_note, recompilation_row
 from scripts.bench.shapes import describe, tokens
 from scripts.bench.table import Row
@@ -35,18 +38,24 @@ def looks(
             yield f"step, {shape['rows']} rows", partial(step_row, shape, worker, share, cuda, times)
     yield "decision", lambda: controller_rows(step, interval, worker, times.get(step["rows"], float("nan")))
     one = {**step, "accumulation": 1}
-    for what, names in (
-        ("loss", getattr(loss_head, "LOSSES", ())),
-        ("attention", getattr(attention, "ATTENTIONS", ())),
-    ):
+
+    def kernels(what: str, names: tuple[str, ...]) -> Iterator[Look]:
         for name in names:
-            if name != "auto":
+            if name != "auto" and not (cuda and name == "chunked"):  # chunks are for eager mode on a CPU
                 spec = {**one, "prepare": {what: name}}
                 yield f"{what} {name}", partial(step_row, spec, worker, share, cuda, {}, f", {what} {name}")
+
+    yield from kernels("loss", LOSSES)
+    yield from kernels("attention", ATTENTIONS)
     rates: dict[int, float] = {}  # episodes/s by E
     for E in EPISODES:
         yield f"{E} episodes", partial(episodes_row, E, episode, num_iterations, worker, share, rates)
     yield "recompilations", lambda: [recompilation_row(step, worker)]
+    if cuda:
+        for E in EPISODES[:2]:
+            shape = {**episode, "cuda_graphs": True}
+            yield f"{E} episodes, CUDA graphs", partial(graphs_row, E, shape, num_iterations, worker, share, rates)
+    yield from kernels("mlp", MLPS)
     if cuda:
         yield "twin", lambda: compiled_straight_rows([("the run's", one, 1)], worker, worker, share)
 
@@ -73,6 +82,15 @@ def episodes_row(E: int, shape: dict, num_iterations: int, worker: Worker, secon
     if E == 1 or 1 not in rates:
         return [Row(name, "episodes/s", rates[E])]
     return [Row(name, "episodes/s", rates[E], "one at a time", rates[1], rates[E] / rates[1], target=">= 3x")]
+
+
+def graphs_row(E: int, shape: dict, num_iterations: int, worker: Worker, seconds: float, rates: dict[int, float]):
+    """E episodes replayed from a CUDA graph: episodes/s, and how many times the rate without, by `rates`."""
+    (row,) = episodes_row(E, shape, num_iterations, worker, seconds, {})
+    row = replace(row, what=f"{row.what}, CUDA graphs")
+    if E not in rates:
+        return [row]
+    return [replace(row, against="without CUDA graphs", other=rates[E], ratio=row.ours / rates[E])]
 
 
 def timed(worker: Worker, spec: dict, seconds: float) -> list[float]:
