@@ -103,12 +103,8 @@ def flags() -> argparse.ArgumentParser:
         default=8,
         help="times to skip a bad batch or to go back to a checkpoint before giving up; 0 = stop at the first",
     )
-    flag(
-        "--resume",
-        choices=["none", "auto"],
-        default="none",
-        help="none, or auto: go on from the newest whole checkpoint of this run, if there is one",
-    )
+    what = "none, or auto: go on from the newest whole checkpoint of this run, if there is one"
+    flag("--resume", choices=["none", "auto"], default="none", help=what)
     flag("--run", default="dummy", help="wandb run name; dummy = off")
     flag("--model-tag", default="", help="name of the run's folder; default d<depth>")
     flag("--device-type", default="", help="cuda or cpu; default: cuda if present")
@@ -284,14 +280,9 @@ def main() -> int:
 
 def build_model(args: argparse.Namespace, vocab_size: int, compute: Compute) -> GPT:
     """A model with fresh weights from torch's global generator, on the device."""
-    config = GPTConfig.from_depth(
-        args.depth,
-        args.aspect_ratio,
-        args.head_dim,
-        sequence_len=args.max_seq_len,
-        vocab_size=vocab_size,
-        window_pattern=args.window_pattern,
-    )
+    size = args.depth, args.aspect_ratio, args.head_dim
+    text = {"sequence_len": args.max_seq_len, "vocab_size": vocab_size}
+    config = GPTConfig.from_depth(*size, **text, window_pattern=args.window_pattern)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)

@@ -76,7 +76,8 @@ def case_step(spec: dict, compute: Compute) -> Callable[[], None]:
         if spec.get("compiled"):
             forward = torch.compile(forward, dynamic=False)
     else:
-        forward = model.prepare(compiled=spec.get("compiled"), **spec.get("prepare", {}))
+        rows = spec["rows"] // compute.world_size
+        forward = model.prepare(compiled=spec.get("compiled"), rows=rows, **spec.get("prepare", {}))
 
     controller, multipliers, guard = PolicyController(), IDENTITY, DivergenceGuard(0)
     if R is not None:
