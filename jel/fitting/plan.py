@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from jel.errors import JelError
+from jel.fitting.compare import FRESH
 from jel.knobs import Knob, multipliers_from_values
 from jel.learn.exploration import Exploration
 from jel.recipes.jel import JelRecipe
@@ -90,7 +91,7 @@ class Price:
 def measure(task: Task, knobs: Sequence[Knob], config: FitConfig, steps: int = 4) -> Price:
     """Run the first steps of a group that is used for nothing else, and count and time them."""
     steps = min(steps, task.num_steps(0))
-    group, ones = -1, multipliers_from_values(knobs, [torch.ones(config.group)] * len(knobs))
+    group, ones = FRESH - 1, multipliers_from_values(knobs, [torch.ones(config.group)] * len(knobs))
     task.reset(group, range(config.group))
     start = task.observe(["probe_loss"])["probe_loss"]
     if not start.isfinite().all():
