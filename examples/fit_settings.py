@@ -22,16 +22,21 @@ from jel.policy import multiplier_table
 from jel.tasks.loop import LoopTask
 
 CONSTANTS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)  # learning rates
-# name -> (method, choices that differ from: 10 groups of 8, policy rate 0.012, std exp(-0.5), correlation 0.9)
+PAPER = {"learner": "grpo", "returns": "total", "policy_lr_schedule": "linear", "policy_lr": 0.012}
+SHORT = {"updates": 2, "compare": 0}
+# name -> (method, choices that differ from: 10 groups of 8, two of which compare)
 SETTINGS: dict[str, tuple[str, dict]] = {
     "10 groups of 8": ("jel", {}),
-    "20 groups of 4, policy rate 0.006": ("jel", {"updates": 20, "episodes": 4, "policy_lr": 0.006}),
-    "policy rate 0.006": ("jel", {"policy_lr": 0.006}),
-    "policy rate 0.02": ("jel", {"policy_lr": 0.02}),
-    "initial spread exp(-1)": ("jel", {"initial_log_std": -1.0}),
-    "correlation 1": ("jel", {"exploration": Exploration(1.0, True)}),
+    "the same, nothing compared": ("jel", {"compare": 0}),
+    "the same, a policy gradient": ("jel", {"compare": 0, **PAPER}),
     "cma": ("cma", {}),
     "random": ("random", {}),
+    "20 groups of 4": ("jel", {"updates": 20, "episodes": 4}),
+    "2 groups of 8": ("jel", SHORT),
+    "4 groups of 4": ("jel", {**SHORT, "updates": 4, "episodes": 4}),
+    "4 groups of 4, a policy gradient": ("jel", {**SHORT, **PAPER, "updates": 4, "episodes": 4}),
+    "4 groups of 4, cma": ("cma", {**SHORT, "updates": 4, "episodes": 4}),
+    "4 groups of 4, random": ("random", {**SHORT, "updates": 4, "episodes": 4}),
 }
 
 
@@ -42,14 +47,9 @@ def losses(task: LoopTask, ways: list[list[dict]]) -> list[float]:
 
 def found_by(method: str, choices: dict, task: LoopTask, base: str, seed: int) -> list[dict]:
     """Rows of the schedule that this setting finds."""
-    given = {"episodes": 8, "updates": 10, "policy_lr": 0.012, "exploration": Exploration(0.9, True), **choices}
-    recipe = FitRecipe(
-        turned=knobs_for(task, as_base(base), 3),
-        policy_lr_schedule="linear",
-        returns="total",
-        decision_interval=-(-task.num_steps(0) // 5),
-        **given,
-    )
+    ours = {"learner": "critic", "policy_lr": 1e-2, "exploration": Exploration(0.98, True)}
+    given = {"episodes": 8, "updates": 10, "compare": 2, **ours, **choices}
+    recipe = FitRecipe(turned=knobs_for(task, as_base(base), 3), decision_interval=-(-task.num_steps(0) // 5), **given)
     if method == "jel":
         trainer = recipe.trainer(EndsOnly(task), seed, seed + 1, seed + 2, recipe.episodes)
     else:
@@ -62,6 +62,7 @@ def found_by(method: str, choices: dict, task: LoopTask, base: str, seed: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     args = parser.parse_args()
     cells = list(itertools.product(("digits", "tabular"), RATES))
     tasks = {cell: make_task(cell[0], RATES[cell[1]], args.steps, 0) for cell in cells}
@@ -69,7 +70,8 @@ def main() -> None:
     for cell, task in tasks.items():
         constants = [[{"progress": 0.0, "multipliers": {"*": {"lr": c / RATES[cell[1]]}}}] for c in CONSTANTS]
         best[cell] = min(losses(task, constants))
-    for name, (method, choices) in SETTINGS.items():
+    for name in args.settings:
+        method, choices = SETTINGS[name]
         ratios = []
         for cell, seed in itertools.product(cells, range(2)):
             rows = found_by(method, choices, tasks[cell], "good" if cell[1] == "1e-3" else "unknown", seed)

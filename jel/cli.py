@@ -28,7 +28,7 @@ from jel.show import as_csv, as_text, save_picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for what the user can mend, in one line on standard error."""
+    """Returns the exit status: 0, 2 for what the user can mend, in one line on standard error, or 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="jel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except JelError as e:
         print(f"jel: error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a fit has said by now how to go on with it
+        return 130
     except BrokenPipeError:  # the reader, e.g. head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -180,6 +182,10 @@ def _fit(args: argparse.Namespace) -> None:
     result = fit(task, base=base, folder=args.out, **choices)
     result.save(args.out)
     print(as_text(result.schedule))
+    try:
+        result.plot(args.out / "fit.png")
+    except JelError as e:
+        print(f"no picture: {e}")
     print(f"saved: {args.out / 'schedule.json'}")
 
 

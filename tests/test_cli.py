@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,17 @@ def test_apply_shows_what_a_scheduler_does(folder, capsys):
     assert len(out) == 4 and "adamw, 2 tensors: lr 0.003 -> from step 0: 0.0015, 2: 0.0045, 4: 0.003" in out[0]
     assert main(["apply", "s.json", "user_code:make", "--total-steps", "8", "--mode", "shape", "--dry-run"]) == 0
     assert "lr 0.003 -> from step 0: 0.001, 2: 0.003, 4: 0.002" in capsys.readouterr().out
+
+
+def test_fit_learns_on_a_task_of_the_users(folder, capsys):
+    Path("task_of_mine.py").write_text("from tests.loop_parts import quadratic\n\ntask = quadratic(0.05, steps=20)\n")
+    call = ["fit", "task_of_mine:task", "--method", "random", "--budget", "30", "--base", "30", "--out", "fit"]
+    assert main(call) == 0
+    kept = json.loads(Path("fit/card.json").read_text())["kept"]
+    assert kept in ("learned", "damped") and jel.load_schedule("fit/schedule.json")["decisions"]
+    shown = capsys.readouterr().out
+    assert "saved: fit/schedule.json" in shown and ("no picture" in shown) != Path("fit/fit.png").exists()
+    assert main(call) == 2 and "holds a fit already" in capsys.readouterr().err
 
 
 def test_a_preview_is_the_run_and_gives_the_optimizer_back():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from jel.fitting.state import load_state
 from tests.jel_parts import QuadraticTask
 from tests.loop_parts import net_task, quadratic
 
-QUICK = FitConfig(updates=10, most_updates=10, shortest=10)
+QUICK = FitConfig(updates=6, fewest=6, shortest=10)
 
 
 def fit(task, **choices):
@@ -37,7 +39,7 @@ def fit(task, **choices):
 def test_it_finds_a_better_schedule_than_a_base_ten_times_too_low(method):
     if method == "cma":
         pytest.importorskip("cmaes")
-    result, lines = fit(quadratic(0.05, noise=0.3), method=method)
+    result, lines = fit(quadratic(0.05, noise=0.1), method=method)
     assert result.card["kept"] in ("learned", "damped")
     rates = [row["multipliers"]["*"]["lr"] * 0.05 for row in result.schedule["decisions"]]
     assert all(0.1 < rate < 2.0 for rate in rates)  # 1 is best without noise, 2 diverges
@@ -65,6 +67,15 @@ def test_the_schedule_works_in_the_loop_that_it_is_for():
     other = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(JelError):
         jel.Scheduler(other, task.steps, result.schedule)
+
+
+def test_the_snippet_of_the_documents_works_as_it_stands(capsys):
+    code = re.search(
+        r"^```python\n(.*?)^```", (Path(__file__).parent.parent / "docs" / "fit.md").read_text(), re.S | re.M
+    )[1]
+    torch.manual_seed(0)
+    exec(compile(code, "docs/fit.md", "exec"), names := {"__name__": "snippet"})
+    assert names["scheduler"].last_epoch == 1000 and names["result"].card["verdict"] in capsys.readouterr().out
 
 
 def test_no_harm_to_a_base_that_is_best():
@@ -129,6 +140,29 @@ def test_a_plan_keeps_to_its_budget():
     assert len(lower.check_lengths) == 2 and lower.check_lengths[1] < 1000
 
 
+def test_groups_become_smaller_and_then_fewer_before_episodes_become_too_short():
+    price, config = Price(1.0, None, 1e-3, 0.0), FitConfig()
+    plans = [make_plan(1000, budget, price, config, fixed_length=False) for budget in (0.9, 1.9, 4.0, 12.0, 18.0, 60.0)]
+    assert [plan.updates for plan in plans] == sorted(plan.updates for plan in plans)
+    assert [plan.group for plan in plans] == [4, 4, 8, 8, 8, 8]
+    for plan in plans:
+        recipe = config.recipe(plan, ())
+        assert recipe.compare == (plan.updates >= 6) + (plan.updates >= 10) < plan.updates
+        if plan.updates < config.fewest:
+            assert plan.episode_steps == 20
+    assert plans[0].updates < config.fewest and plans[-1].updates == config.updates
+    assert plans[-1].episode_steps > 200
+
+
+def test_the_least_budget_that_is_named_is_enough():
+    for run_steps in (30, 200, 20_000):
+        for probe in (0.1, 4.0):
+            price = Price(probe, None, 1e-3, 8 * (4 + probe))
+            with pytest.raises(JelError, match="give at least") as caught:
+                make_plan(run_steps, 0.1, price, FitConfig(), fixed_length=False)
+            assert make_plan(run_steps, float(str(caught.value).split()[-1]), price, FitConfig(), False).updates >= 1
+
+
 def test_the_price_is_what_was_run():
     """Counted from outside: training steps and looks at the probe, in the plan's units."""
     task = QuadraticTask(steps=10, floor=0.1)
@@ -149,7 +183,7 @@ def test_the_price_is_what_was_run():
         return observe(names)
 
     task.train, task.observe, task.reset = counting_train, counting_observe, counting_reset
-    result, _ = fit(task, budget=100.0, config=FitConfig(updates=3, most_updates=3))
+    result, _ = fit(task, budget=100.0, config=FitConfig(updates=3, fewest=3))
     spent = (counted["steps"] + 0.5 * counted["looks"]) / 10
     assert result.card["price"]["run_equivalents"] == pytest.approx(spent)
 
@@ -172,12 +206,17 @@ def without_time(result):
 
 
 @pytest.mark.parametrize(
-    "method, number, error", [("jel", signal.SIGINT, KeyboardInterrupt), ("random", signal.SIGTERM, SystemExit)]
+    "method, stop, number, error",
+    [
+        ("jel", 3, signal.SIGINT, KeyboardInterrupt),
+        ("jel", 5, signal.SIGTERM, SystemExit),  # before the group that only compares policies
+        ("random", 3, signal.SIGTERM, SystemExit),
+    ],
 )
-def test_stopped_and_resumed_is_bit_for_bit_undisturbed(tmp_path, method, number, error):
+def test_stopped_and_resumed_is_bit_for_bit_undisturbed(tmp_path, method, stop, number, error):
     task = lambda: net_task(episodes="batched", steps=30)
     expected, _ = fit(task(), method=method)
-    stop_at, heard = "update 03", []
+    stop_at, heard = f"update {stop:02d}", []
 
     def say(line):
         heard.append(line)
@@ -188,13 +227,13 @@ def test_stopped_and_resumed_is_bit_for_bit_undisturbed(tmp_path, method, number
     with pytest.raises(error):
         fit(task(), method=method, folder=tmp_path, say=say)
     assert signal.getsignal(number) is before
-    assert heard[-1].startswith("stopped after update 3") and not (tmp_path / "schedule.json").exists()
+    assert heard[-1].startswith(f"stopped after update {stop}") and not (tmp_path / "schedule.json").exists()
     with pytest.raises(JelError, match="holds a fit already"):
         fit(task(), method=method, folder=tmp_path)
     with pytest.raises(JelError, match="another seed"):
         fit(task(), method=method, folder=tmp_path, resume=True, seed=5)
     result, lines = fit(task(), method=method, folder=tmp_path, resume=True)
-    assert any("resumed after update 3" in line for line in lines)
+    assert any(f"resumed after update {stop}" in line for line in lines)
     assert without_time(result) == without_time(expected)
     again, lines = fit(task(), method=method, folder=tmp_path, resume=True)  # finished: nothing is run again
     assert without_time(again) == without_time(expected) and not any(line.startswith("update") for line in lines)
@@ -210,7 +249,7 @@ def test_a_damaged_state_is_one_clear_line(tmp_path):
 
 def test_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    result, _ = fit(quadratic(0.05), config=FitConfig(updates=2, most_updates=2, shortest=10))
+    result, _ = fit(quadratic(0.05), config=FitConfig(updates=2, fewest=2, shortest=10))
     result.plot(tmp_path / "fit.png")
     assert (tmp_path / "fit.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(JelError, match="cannot write the picture"):
@@ -230,6 +269,7 @@ def test_nothing_of_learning_is_imported_before_it_is_called():
     "choices, message",
     [
         ({"method": "annealing"}, "unknown method 'annealing'"),
+        ({"method": "halving"}, "use one of jel, cma, random"),
         ({"budget": 0}, "budget is 0"),
         ({"budget": "much"}, "budget is 'much'"),
         ({"budget": 0.5}, "does not pay for one group"),

@@ -7,7 +7,9 @@ from functools import partial
 import pytest
 import torch
 
+import jel
 from jel.errors import JelError
+from jel.fitting import FitConfig
 from jel.learn.workers import ParallelTask
 from jel.tasks.pretrain import PretrainTask, episode_bytes, group_names, uniform_base
 from nanochat.common import Compute
@@ -300,3 +302,11 @@ def test_snapshots_in_worker_processes_are_the_same(make_task):
 def test_memory_grows_with_the_episode():
     small, wide = (GPTConfig.from_depth(d, sequence_len=128) for d in (6, 12))
     assert episode_bytes(small, 32) < min(episode_bytes(small, 64), episode_bytes(wide, 32))
+
+
+def test_fit_learns_on_it(make_task):
+    task, config = make_task(), FitConfig(updates=1, fewest=1, check_seeds=2)
+    result = jel.fit(task, budget=1000.0, method="random", config=config, say=lambda line: None)
+    plan = result.card["plan"]
+    assert plan["episode_steps"] == task.num_steps(0) and plan["check_lengths"] == [task.num_steps(0)]
+    assert result.card["kept"] in ("base", "damped", "learned") and len(result.card["returns"][0]) == 8

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from jel.errors import JelError
+from jel.fitting.compare import FRESH
 from jel.knobs import Knob, multipliers_from_values
 from jel.learn.exploration import Exploration
 from jel.recipes.jel import JelRecipe
@@ -27,10 +28,13 @@ LOOKS = 2  # at the probe batches in an episode: its start and its end (jel/fitt
 class FitConfig:
     """The numbers behind `jel.fit`. docs/fit.md says how they were found."""
 
-    # the search
+    # the search: from `fewest` to `updates` groups, as many as the budget pays for with episodes of `wanted_share` of
+    # the run; with shorter episodes if it does not pay for `fewest`; then with smaller groups; then with fewer
     group: int = 8
-    updates: int = 20  # as many as this where the budget pays for them with episodes that are not too short
-    most_updates: int = 40
+    small_group: int = 4
+    updates: int = 14
+    fewest: int = 8
+    wanted_share: float = 0.05
     decisions: int = 5
     shortest: int = 20  # steps of an episode, at least
     shortest_share: float = 0.02  # and at least this share of the run
@@ -42,18 +46,18 @@ class FitConfig:
     shortest_check: float = 1 / 16  # of the run: what is shorter says nothing of its end
     # the recipe
     initial_log_std: float = -0.5
-    policy_travel: float = 0.12  # policy learning rate x updates
-    largest_policy_lr: float = 1.2e-2
-    correlation: float = 0.9
+    policy_lr: float = 1e-2
+    correlation: float = 0.98
+    compare_from: tuple[int, ...] = (6, 10)  # from so many groups on one, or two, only compare the policies so far
 
     def recipe(self, plan: Plan, knobs: tuple[Knob, ...]) -> FitRecipe:
         return FitRecipe(
             turned=knobs,
             initial_log_std=self.initial_log_std,
-            policy_lr=min(self.policy_travel / plan.updates, self.largest_policy_lr),
-            policy_lr_schedule="linear",
+            learner="critic",
+            policy_lr=self.policy_lr,
             updates=plan.updates,
-            returns="total",
+            compare=sum(plan.updates >= enough for enough in self.compare_from),
             exploration=Exploration(self.correlation, antithetic=True),
             episodes=plan.group,
             decision_interval=plan.interval,
@@ -87,7 +91,7 @@ class Price:
 def measure(task: Task, knobs: Sequence[Knob], config: FitConfig, steps: int = 4) -> Price:
     """Run the first steps of a group that is used for nothing else, and count and time them."""
     steps = min(steps, task.num_steps(0))
-    group, ones = -1, multipliers_from_values(knobs, [torch.ones(config.group)] * len(knobs))
+    group, ones = FRESH - 1, multipliers_from_values(knobs, [torch.ones(config.group)] * len(knobs))
     task.reset(group, range(config.group))
     start = task.observe(["probe_loss"])["probe_loss"]
     if not start.isfinite().all():
@@ -96,13 +100,13 @@ def measure(task: Task, knobs: Sequence[Knob], config: FitConfig, steps: int = 4
     t0 = time.perf_counter()
     task.train(1, steps - 1, ones)
     t1 = time.perf_counter()
-    task.observe(["probe_loss"])
-    t2 = time.perf_counter()
-    step = (t1 - t0) / max(1, steps - 1)
-    probe, flops = (t2 - t1) / max(step, 1e-9), None
+    step, looks = (t1 - t0) / max(1, steps - 1), 1
     if hasattr(task, "costs"):
         probe, flops = task.costs()
-    return Price(probe, flops, step / config.group, config.group * (steps + 2 * probe))
+    else:
+        task.observe(["probe_loss"])
+        probe, flops, looks = (time.perf_counter() - t1) / max(step, 1e-9), None, 2
+    return Price(probe, flops, step / config.group, config.group * (steps + looks * probe))
 
 
 # -----------------------------------------------------------------------------
@@ -173,22 +177,30 @@ def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fi
         ways = ("base", "damped")
         lengths = _check_lengths(run_steps, total, len(ways), price, config, fixed_length)
     check = config.check_seeds * len(ways) * sum(length + price.probe for length in lengths)
-    # the search: as many updates as wanted; longer episodes if there is more, fewer updates if there is less
-    left = total - check
-    length = math.floor(left / (config.updates * config.group) - LOOKS * price.probe)
-    length = min(max(length, min(shortest, lengths[-1])), lengths[-1])  # not longer than the runs that decide
-    updates = math.floor(left / (config.group * (length + LOOKS * price.probe)))
+    # the search
+    left, looks, most = (
+        total - check,
+        LOOKS * price.probe,
+        lengths[-1],
+    )  # no episode is longer than the runs that decide
+    shortest = min(shortest, most)
+    group = config.group if left >= config.fewest * config.group * (shortest + looks) else config.small_group
+    paid = left / group  # steps of each of a group's episodes, over all groups
+    wanted = min(max(shortest, math.ceil(config.wanted_share * run_steps)), most)
+    updates = min(max(math.floor(paid / (wanted + looks)), config.fewest), config.updates)
+    length = min(max(math.floor(paid / updates - looks), shortest), most)
+    updates = min(updates, math.floor(paid / (length + looks) + 1e-9))
     if updates < 1:
-        least = (config.group * (shortest + LOOKS * price.probe) + price.spent + check) / run_steps
+        least = (group * (length + looks) + price.spent + check) / run_steps
         raise JelError(
-            f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {config.group} episodes "
-            f"of {shortest} steps and the comparison with the base; give at least {math.ceil(100 * least) / 100:g}"
+            f"a budget of {budget:g} runs of {run_steps} steps does not pay for one group of {group} episodes "
+            f"of {length} steps and the comparison with the base; give at least {math.ceil(100 * least) / 100:g}"
         )
     return Plan(
         run_steps=run_steps,
         budget=budget,
-        group=config.group,
-        updates=min(updates, config.most_updates),
+        group=group,
+        updates=updates,
         episode_steps=length,
         interval=-(-length // config.decisions),
         check_lengths=lengths,

@@ -77,6 +77,8 @@ def progress_line(record: dict[str, Any], done: int, updates: int, left: float) 
             text = f"{shown[0]:.3g}" if same else "/".join(f"{v:.3g}" for v in shown)
             parts.append(f"{key if group == '*' else group + ' ' + key} x{text}")
     first, returns = record["probe_first"], sorted(r for r in record["returns"] if r is not None)
+    if "kept_update" in record:
+        parts.append(f"comparing: of update {record['kept_update']:.0f}")
     ends = f"{first - returns[len(returns) // 2]:.4g}, best {first - returns[-1]:.4g}" if returns else "blown up"
     return (
         f"update {done:02d}/{updates:02d} | probe loss {first:.4g} -> {ends} | {', '.join(parts)} | "

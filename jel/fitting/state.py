@@ -77,7 +77,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor],
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             below = _flat(value, f"{prefix}{key}/")
             tensors |= below[0]
             numbers |= below[1]

@@ -152,9 +152,8 @@ class MetaTrainer:
         """Continue where `state_dict` was taken. Raises `JelError` if the policy network is another."""
         self.updater.load_state_dict(state["updater"])
         self.updates = int(state["updates"])
-        self._kept = {
-            name: {key: t.clone() for key, t in weights.items()} for name, weights in state.get("kept", {}).items()
-        }
+        oldest_first = sorted(state.get("kept", {}).items(), key=lambda kept: int(kept[0]))  # files keep no order
+        self._kept = {name: {key: t.clone() for key, t in weights.items()} for name, weights in oldest_first}
         self._returns = state["returns"].clone()
 
 
