@@ -41,9 +41,6 @@ OURS = {
     "policy_lr": 1e-2,
 }
 
-# What the learner `grpo` takes in place of the critic, as the recipe `jel` had it before there was one.
-PER_GROUP_GRPO = {"learner": "grpo", "returns": "total", "policy_lr_schedule": "linear", "policy_lr": 6e-3}
-
 
 @dataclass(frozen=True)
 class JelRecipe:
