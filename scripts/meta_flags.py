@@ -76,11 +76,12 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
         "grpo: the paper's update; critic: a Gaussian process over all episodes so far, see jel/learn/actor_critic.py"
     )
     flag("--learner", choices=["grpo", "critic"], default="grpo", help=what)
-    flag("--final-log-std", type=float, default=-1.4, help="critic: exploration narrows to this from --initial-log-std")
-    flag("--policy-steps", type=int, default=60, help="critic: Adam's steps an update")
-    flag("--trust-region", type=float, default=1.0, help="critic: nats that an update moves the policy's mean, at most")
-    flag("--pessimism", type=float, default=1.0, help="critic: standard deviations that the last update takes off")
-    flag("--variation-cost", type=float, default=0.5, help="critic: what a schedule must earn over a constant")
+    flag("--final-log-std", type=float, default=-0.7, help="critic: exploration narrows to this from --initial-log-std")
+    flag("--policy-steps", type=int, default=120, help="critic: Adam's steps an update")
+    flag("--trust-region", type=float, default=5.0, help="critic: nats that an update moves the policy's mean, at most")
+    flag("--pessimism", type=float, default=1.0, help="critic: standard deviations that count against the unknown")
+    flag("--variation-cost", type=float, default=2.0, help="critic: what a schedule must earn over a constant")
+    flag("--departure-cost", type=float, default=0.03, help="critic: what a multiplier must earn over 1")
     what = "on a GPU, replay an episode's step from a CUDA graph; off until a GPU has shown a gain (scripts.bench)"
     flag("--cuda-graphs", action="store_true", help=what)
     flag("--policy-lr", type=float, default=3e-4)
@@ -124,7 +125,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = [
     *HPARAM_NAMES,
     *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef".split(),
-    *"trust_region pessimism variation_cost compare".split(),
+    *"trust_region pessimism variation_cost departure_cost compare".split(),
 ]
 
 

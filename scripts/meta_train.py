@@ -296,7 +296,7 @@ def make_recipe(args: argparse.Namespace) -> JelRecipe:
     same = (
         "action_range correction_range momentum_range initial_log_std episodes decision_interval updates compare "
         "learner policy_lr policy_lr_schedule returns advantages gamma clip minibatch_size entropy_coef "
-        "final_log_std policy_steps trust_region pessimism variation_cost"
+        "final_log_std policy_steps trust_region pessimism variation_cost departure_cost"
     )
     return JelRecipe(
         **{name: getattr(args, name) for name in same.split()},

@@ -120,7 +120,7 @@ def test_the_policy_learns_in_few_episodes():
 def test_an_update_moves_the_policy_within_the_trust_region():
     for region in (0.1, 1.0):
         trainer = make_trainer(trust_region=region, policy_steps=100)
-        assert all(trainer.update()["approx_kl"] < 1.3 * region + 0.05 for _ in range(5))  # the last one is free
+        assert all(trainer.update()["approx_kl"] < 1.3 * region + 0.05 for _ in range(6))
 
 
 @pytest.mark.parametrize("done", [2, 5])
@@ -150,6 +150,16 @@ def test_a_schedule_must_earn_what_it_varies():
         return float(rates.max() - rates.min())
 
     assert spread(10.0) < 0.2 * spread(0.0) + 0.01
+
+
+def test_a_multiplier_must_earn_what_it_departs_from_the_base():
+    def departure(cost):
+        trainer = make_trainer(departure_cost=cost)
+        for _ in range(5):
+            record = trainer.update()
+        return torch.tensor(record["multipliers"]["*"]["lr"]).log().abs().max()
+
+    assert departure(10.0) < 0.2 * departure(0.0)
 
 
 def test_the_best_of_the_compared_policies_stays():

@@ -27,11 +27,14 @@ class ActorCriticUpdate:
 
     `update` fits the critic to all episodes, then raises its expectation under the policy, E[Q(mean + std * noise)],
     by `steps` of Adam at `lr`, while the policy's mean stays within `trust_region` (nats of KL divergence a decision,
-    exploration widths alike) of the one that the group was drawn from. What the expectation counts is the critic's
-    return less `variation_cost` times the mean square by which the raw actions differ from their mean over the
-    episode, in standard deviations of the returns: a schedule must earn what it varies. The last update takes three
-    times as many steps and counts a return less `pessimism` standard deviations of the critic, and so ends near what
-    was tried.
+    exploration widths alike) of the one that the group was drawn from. What the expectation counts is a return
+    - less `pessimism` standard deviations of the critic, so that the policy stays near what was tried,
+    - less `variation_cost` times the mean square by which the raw actions differ from their mean over the episode: a
+      schedule must earn what it varies,
+    - less `departure_cost` times the mean square of the raw actions: a knob that an episode does not feel stays where
+      the base has it (weight decay, that acts over thousands of steps), and none drifts to where its bounds saturate.
+    Both costs are in standard deviations of the returns. With a wide `final_log_std` the expectation finds a place
+    that is good all around, which a longer run forgives more than the peak of short episodes.
 
     The exploration width is annealed: log_std goes from the policy's initial one to `final_log_std`. What a policy
     observes beside progress is taken as it was in the last group.
@@ -49,13 +52,14 @@ class ActorCriticUpdate:
         trust_region: float,
         pessimism: float,
         variation_cost: float,
+        departure_cost: float,
         initial_log_std: float,
         final_log_std: float,
         correlation: float,
         seed: int,
     ):
         self.policy, self.steps, self.trust_region, self.correlation = policy, steps, trust_region, correlation
-        self.pessimism, self.variation_cost = pessimism, variation_cost
+        self.pessimism, self.variation_cost, self.departure_cost = pessimism, variation_cost, departure_cost
         self.initial_log_std, self.final_log_std = initial_log_std, final_log_std
         self.critic, self.generator = Critic(policy.n_actions), torch.Generator().manual_seed(seed)
         self.optimizer = make_adam(policy, lr)
@@ -95,7 +99,6 @@ class ActorCriticUpdate:
 
     def _raise(self, states: Tensor, number: int, of: int) -> dict[str, float]:
         E, K, _ = states.shape
-        last = number + 1 >= of
         now, following = (min(1.0, n / max(1, of - 1)) for n in (number, number + 1))
         width, log_std = (
             self.initial_log_std + share * (self.final_log_std - self.initial_log_std) for share in (now, following)
@@ -103,14 +106,16 @@ class ActorCriticUpdate:
         states = states[torch.arange(SAMPLES) % E]  # (M, K, S)
         with torch.no_grad():
             old_mean = self.policy(states)[0]
-        for _ in range(self.steps * (3 if last else 1)):
+        for _ in range(self.steps):
             noise = exploration_noise((SAMPLES, K, self.policy.n_actions), self.generator, self.correlation, True)
             mean, own_log_std = self.policy(states)
-            actions = mean + math.exp(log_std if last else width) * noise
-            value = self.critic.returns(actions, self.pessimism if last else 0.0).mean()
+            actions = mean + math.exp(width) * noise
+            value = self.critic.returns(actions, self.pessimism).mean()
             varied = (mean - mean.mean(1, keepdim=True)).square().mean((0, 1)).sum()
             kl = 0.5 * ((mean - old_mean) / math.exp(width)).square().sum(-1).mean()
-            loss = -value + self.variation_cost * self.critic.unit * varied + torch.relu(kl - self.trust_region)
+            departed = mean.square().mean((0, 1)).sum()
+            cost = self.critic.unit * (self.variation_cost * varied + self.departure_cost * departed)
+            loss = cost - value + torch.relu(kl - self.trust_region)
             self.optimizer.zero_grad()
             (loss + (own_log_std - log_std).square().mean()).backward()
             self.optimizer.step()

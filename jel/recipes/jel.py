@@ -31,12 +31,11 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 # What the recipe `jel` changes in the paper's: corrections for some param groups around the shared multipliers, and
-# momentum; noise that hardly changes within an episode, in antithetic pairs; and a critic of whole episodes.
+# momentum; noise that hardly changes within an episode; and a critic of whole episodes.
 OURS = {
     "corrections": "groups",
     "momentum_range": 5.0,
     "noise_correlation": 0.98,
-    "antithetic": 1,
     "learner": "critic",
     "policy_lr": 1e-2,
 }
@@ -64,11 +63,12 @@ class JelRecipe:
     epochs: int = 4
     minibatch_size: int = 64
     entropy_coef: float = 0.0
-    final_log_std: float = -1.4  # the critic's part, down to the variation cost: see `ActorCriticUpdate`
-    policy_steps: int = 60
-    trust_region: float = 1.0
+    final_log_std: float = -0.7  # the critic's part, down to the departure cost: see `ActorCriticUpdate`
+    policy_steps: int = 120
+    trust_region: float = 5.0
     pessimism: float = 1.0
-    variation_cost: float = 0.5
+    variation_cost: float = 2.0
+    departure_cost: float = 0.03
     returns: str = "reward-to-go"
     advantages: str = "group"
     exploration: Exploration = Exploration()
@@ -109,6 +109,7 @@ class JelRecipe:
                 trust_region=self.trust_region,
                 pessimism=self.pessimism,
                 variation_cost=self.variation_cost,
+                departure_cost=self.departure_cost,
                 initial_log_std=self.initial_log_std,
                 final_log_std=self.final_log_std,
                 correlation=self.exploration.correlation,

@@ -54,11 +54,14 @@ ABLATIONS = {
     "no-comparison": Row("the last policy, no comparison", ["--compare", "0"]),
     "free-schedule": Row("variation within a run costs nothing", ["--variation-cost", "0"]),
     "independent-noise": Row("independent noise", ["--noise-correlation", "0"]),
-    "no-pairs": Row("no antithetic pairs", ["--antithetic", "0"]),
+    "free-departure": Row("staying at the base earns nothing", ["--departure-cost", "0"]),
+    "no-pessimism": Row("the unknown counts as the known", ["--pessimism", "0"]),
+    "narrow": Row("exploration narrows to a standard deviation of 0.25", ["--final-log-std", "-1.4"]),
+    "pairs": Row("antithetic pairs", ["--antithetic", "1"]),
     "range-10": Row("multipliers within 10", ["--action-range", "10"]),
     "short-episodes": Row("episodes of half the steps", ["--num-iterations", "50", "--decision-interval", "10"]),
     "more-decisions": Row("twice the decisions an episode", ["--decision-interval", "10"]),
-    "16-episodes": Row("16 episodes a group, half as many groups", ["--episodes", "16", "--updates", "7"]),
+    "4-episodes": Row("4 episodes a group, twice as many groups", ["--episodes", "4", "--updates", "18"]),
     "long-rows": Row(
         "rows of twice the length, half as many", ["--episode-seq-len", "128", "--episode-batch-size", "4"]
     ),
