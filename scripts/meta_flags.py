@@ -64,6 +64,9 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--updates", type=int, default=50)
     what = "updates, the last ones, that only compare the policies of those before, of which the best stays"
     flag("--compare", type=int, default=0, help=what)
+    flag("--learnings", type=int, default=1, help="policies learned one after another, from as many updates each")
+    what = "end a learning when two updates in a row move the policy by less, nats a decision"
+    flag("--still", type=float, default=0.0, help=what)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
     flag("--episode-chunk", type=int, default=-1, help="episodes side by side on a device; -1 = as many as fit")
     flag(
@@ -120,12 +123,12 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
 
 AT_LEAST_ONE = (
     "num_iterations episode_seq_len episode_batch_size decision_interval probe_batches updates episodes ppo_epochs "
-    "minibatch_size policy_hidden policy_steps save_every"
+    "minibatch_size policy_hidden learnings policy_steps save_every"
 ).split()
 NOT_NEGATIVE = [
     *HPARAM_NAMES,
     *"final_lr_frac gradient_penalty smoothness_penalty nan_penalty policy_lr clip entropy_coef".split(),
-    *"trust_region pessimism variation_cost departure_cost compare".split(),
+    *"still trust_region pessimism variation_cost departure_cost compare".split(),
 ]
 
 

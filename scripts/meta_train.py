@@ -169,8 +169,8 @@ def main() -> int:
     # -------------------------------------------------------------------------
     # loop
 
-    watch, before, taken = Stopwatch(args.updates, done=trainer.updates), seconds, []
-    while trainer.updates < args.updates:
+    watch, before, taken = Stopwatch(trainer.planned, done=trainer.updates), seconds, []
+    while trainer.updates < trainer.planned:
         t0 = time.perf_counter()
         try:
             record = trainer.update()
@@ -180,13 +180,14 @@ def main() -> int:
         seconds = before + without_compilation(taken, compiles=compute.is_cuda)
         records.append({key: math.nan if record[key] is None else record[key] for key in ("entropy", "return_mean")})
         log.log(**record)
-        print_update(record, trainer.updates, args, watch.tick(trainer.updates))
+        watch.total = trainer.planned  # fewer once a learning stands still
+        print_update(record, trainer, args, watch.tick(trainer.updates))
         if record["episodes_alive"] < args.episodes:
             print0(f"  {args.episodes - record['episodes_alive']} of {args.episodes} episodes blew up")
-        if trainer.updates % args.save_every == 0 and trainer.updates < args.updates:
+        if trainer.updates % args.save_every == 0 and trainer.updates < trainer.planned:
             save()
     task.close()
-    if trainer.updates < args.updates:
+    if trainer.updates < trainer.planned:
         save()
         if writer:
             writer.close()
@@ -199,7 +200,7 @@ def main() -> int:
 
     if writer:
         writer.close()
-        episodes = args.updates * args.episodes
+        episodes = trainer.updates * args.episodes
         readings = 1 + len(decision_steps(args.num_iterations, args.decision_interval))
         steps, readings = episodes * args.num_iterations, episodes * readings
         if isinstance(trainer, SearchTrainer):
@@ -217,7 +218,7 @@ def main() -> int:
             },
         )
         log.finish(
-            updates=args.updates,
+            updates=trainer.updates,
             episodes=episodes,
             tokens=steps * tokens,
             probe_tokens=readings * args.probe_batches * tokens,
@@ -230,7 +231,7 @@ def main() -> int:
             flags=resumable_flags(args, MAY_CHANGE),
         )
     compute.barrier()  # gloo aborts in a rank that tears down after another has gone
-    print0(f"done: {args.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
+    print0(f"done: {trainer.updates} updates in {format_seconds(seconds)}; policy in {folder / 'policy.safetensors'}")
     return 0
 
 
@@ -295,8 +296,8 @@ def make_recipe(args: argparse.Namespace) -> JelRecipe:
     """The recipe that the flags describe."""
     same = (
         "action_range correction_range momentum_range initial_log_std episodes decision_interval updates compare "
-        "learner policy_lr policy_lr_schedule returns advantages gamma clip minibatch_size entropy_coef "
-        "final_log_std policy_steps trust_region pessimism variation_cost departure_cost"
+        "learnings learner policy_lr policy_lr_schedule returns advantages gamma clip minibatch_size entropy_coef "
+        "still final_log_std policy_steps trust_region pessimism variation_cost departure_cost"
     )
     return JelRecipe(
         **{name: getattr(args, name) for name in same.split()},
@@ -320,7 +321,9 @@ def workers_for(given: int, compute: Compute) -> int:
     return 1 if compute.is_cuda else given if given > 0 else max(1, os.cpu_count() // compute.world_size)
 
 
-def print_update(record: dict, done: int, args: argparse.Namespace, left: float | None) -> None:
+def print_update(
+    record: dict, trainer: MetaTrainer | SearchTrainer, args: argparse.Namespace, left: float | None
+) -> None:
     """One line an update; a policy that observes more than progress has no multipliers to show beforehand."""
     shown = ""
     if everywhere := record["multipliers"].get("*"):
@@ -331,8 +334,9 @@ def print_update(record: dict, done: int, args: argparse.Namespace, left: float 
         shown += "".join(f"{g} x{m:.3g} " for g, m in own.items()) + ("| " if own else "")
     mean, best = (math.nan if record[key] is None else record[key] for key in ("return_mean", "return_best"))
     print0(
-        f"update {done:03d}/{args.updates:03d} | return {mean:.4f} best {best:.4f} | entropy {record['entropy']:.3f} | "
-        f"{shown}episodes/s {args.episodes / record['seconds']:.3g} | left {format_seconds(left)}"
+        f"update {trainer.updates:03d}/{trainer.planned:03d} | return {mean:.4f} best {best:.4f} | "
+        f"entropy {record['entropy']:.3f} | {shown}episodes/s {args.episodes / record['seconds']:.3g} | "
+        f"left {format_seconds(left)}"
     )
 
 

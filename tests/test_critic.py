@@ -125,13 +125,13 @@ def test_an_update_moves_the_policy_within_the_trust_region():
 
 @pytest.mark.parametrize("done", [2, 5])
 def test_resume_is_exact(done):
-    """In the middle of learning, and between the groups that compare policies."""
-    whole, first = make_trainer(compare=2), make_trainer(compare=2)
+    """In the middle of learning, at the start of a second one, and between the groups that compare policies."""
+    whole, first = make_trainer(compare=2, learnings=2), make_trainer(compare=2, learnings=2)
     for _ in range(6):
         whole.update()
     for _ in range(done):
         first.update()
-    second = make_trainer(seed=9, compare=2)
+    second = make_trainer(seed=9, compare=2, learnings=2)
     second.seed = 0
     second.load_state_dict(first.state_dict())
     for _ in range(6 - done):
@@ -173,6 +173,47 @@ def test_the_best_of_the_compared_policies_stays():
     record = trainer.update()
     assert record["kept_update"] < 6
     assert all(torch.equal(t, kept[str(int(record["kept_update"]))][n]) for n, t in trainer.policy.state_dict().items())
+
+
+def test_several_learnings_start_afresh_and_are_compared():
+    trainer = make_trainer(compare=1, updates=7, learnings=2)
+    first = {name: t.clone() for name, t in trainer.policy.state_dict().items()}
+    for _ in range(3):
+        trainer.update()
+    assert not same_weights(trainer.policy.state_dict(), first) and trainer.updater._episodes == {}
+    assert spread_of_means(trainer.policy) < 0.1  # a fresh policy does nothing yet
+    for _ in range(3):
+        trainer.update()
+    assert set(trainer._kept) == {"1", "2", "3", "4", "5", "6"}
+    trainer.update()
+    assert trainer.updates == trainer.planned == 7
+
+
+def test_a_learning_that_stands_still_ends():
+    """Every update counts as still: two are done, and the comparison."""
+    trainer = make_trainer(compare=1, updates=7, still=1e9)
+    while trainer.updates < trainer.planned:
+        record = trainer.update()
+    assert trainer.updates == 3 and "kept_update" in record
+    never = make_trainer(compare=1, updates=7, still=0.0)
+    while never.updates < never.planned:
+        never.update()
+    assert never.updates == 7
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def spread_of_means(policy):
+    return float(policy(torch.linspace(0, 1, 5)[:, None])[0].abs().max())
+
+
+@pytest.mark.parametrize("wrong", [{"updates": 3, "compare": 1, "learnings": 3}, {"learnings": 2}])
+def test_learnings_that_make_no_sense(wrong):
+    with pytest.raises(JelError, match="learnings"):
+        make_trainer(**wrong)
 
 
 def test_what_cannot_be_compared():

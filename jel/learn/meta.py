@@ -43,11 +43,37 @@ class Updater(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-class MetaTrainer:
-    """Owns the loop's state: the policy, its update, and how many updates are done `of` those planned.
+@dataclass(frozen=True)
+class Course:
+    """How many groups there are, and what they are for."""
 
-    The last `compare` groups change nothing: they compare the policies that the updates before left, the last E of
-    them, each by one episode of its mean actions from the starts of the group. The one with the highest return stays.
+    updates: int  # groups in all
+    compare: int = 0  # of these, the last: they change nothing, and compare policies
+    learnings: int = 1  # from as many fresh policies, one after another, that share the groups before
+    still: float = 0.0  # a learning ends early when two updates in a row move the mean by less (nats a decision)
+
+    def __post_init__(self) -> None:
+        if self.compare >= self.updates:
+            raise JelError(f"{self.compare} groups to compare leave none of {self.updates} to learn from")
+        if not 1 <= self.learnings <= self.updates - self.compare:
+            raise JelError(f"{self.updates - self.compare} groups are too few for {self.learnings} learnings")
+        if self.learnings > 1 and not self.compare:
+            raise JelError("several learnings need groups that compare their policies: compare 1 or more")
+
+    def groups(self, learning: int) -> int:
+        """Of a learning, numbered from 0: the first ones have one more if they cannot be equal."""
+        each, more = divmod(self.updates - self.compare, self.learnings)
+        return each + (learning < more)
+
+
+class MetaTrainer:
+    """Owns the loop's state: the policy, its update, and how many groups are done of those `planned`.
+
+    `Course` says what the groups are for. A learning that stands still makes `planned` smaller.
+
+    The last `compare` groups compare the policies that the updates before left, E in all, the last ones of each
+    learning, each by one episode of its mean actions from the starts of the group. The one with the highest return
+    stays.
 
     `update()` is all or nothing: interrupted half way (`Interrupted`), it leaves the state as it was, and the same
     group runs again, bit for bit, after a resume. Identical on all ranks.
@@ -60,26 +86,25 @@ class MetaTrainer:
         updater: Updater,
         config: GroupConfig,
         seed: int,
-        of: int,
-        compare: int = 0,
+        course: Course,
         rank: int = 0,
         world_size: int = 1,
         stop_requested: Callable[[], bool] = lambda: False,
     ):
         self.env, self.policy, self.updater, self.config, self.seed = env, policy, updater, config, seed
-        self.of, self.compare = of, compare
-        if compare and policy.observes != {"progress"}:
+        self.course, self.planned = course, course.updates
+        if course.compare and policy.observes != {"progress"}:
             raise JelError("policies that observe more than progress cannot be compared by given actions: compare 0")
-        if compare >= of:
-            raise JelError(f"{compare} groups to compare leave none of {of} to learn from")
         self.rank, self.world_size, self.stop_requested = rank, world_size, stop_requested
         self.updates = 0
+        self._learning, self._learned, self._stood = 0, 0, 0  # which one, its groups, those that moved little at last
+        self._begin, self._log_std = updater.state_dict(), policy.state_dict()["net.4.bias"][-1].item()
         self._kept: dict[str, dict[str, Tensor]] = {}  # policies by the number of updates that made them
         self._returns = torch.zeros(0)  # of the kept policies so far, in their order
 
     def update(self) -> dict:
         """One group and one policy update; returns the record for the log (the README explains its keys)."""
-        start, c, learning = time.perf_counter(), self.config, self.updates < self.of - self.compare
+        start, c, learning = time.perf_counter(), self.config, self._learning < self.course.learnings
         decisions, num_steps = self.env.decisions(self.updates), self.env.task.num_steps(self.updates)
         progress = [first / num_steps for first, _ in decisions]
         if learning:
@@ -92,7 +117,7 @@ class MetaTrainer:
         rollout = collect(self.env, acting, self.updates, noise, c.chunk, c.reward, *where)
         returns = self.updater.returns(rollout.rewards, rollout.alive, self.updater.gamma)[:, 0]  # (E,)
         if learning:
-            stats = self.updater.update(rollout, self.updates, self.of - self.compare)
+            stats = self.updater.update(rollout, self._learned, self.course.groups(self._learning))
             self._keep()
         else:
             stats = self._compared(returns)
@@ -115,14 +140,31 @@ class MetaTrainer:
             "seconds": time.perf_counter() - start,
         }
         self.updates += 1
+        if learning:
+            self._go_on(stats["approx_kl"])
         return record
 
     def _keep(self) -> None:
-        """Remember the policy of this update; only the last E matter."""
-        if self.compare:
+        """Remember the policy of this update; only the last ones of each learning matter."""
+        if self.course.compare:
             self._kept[str(self.updates + 1)] = {name: t.clone() for name, t in self.policy.state_dict().items()}
-            for name in list(self._kept)[: -self.config.episodes]:
+            own = list(self._kept)[-self._learned - 1 :]  # of this learning
+            for name in own[: -max(1, self.config.episodes // self.course.learnings)]:
                 del self._kept[name]
+
+    def _go_on(self, moved: float | None) -> None:
+        """After a group that was learned from: does this learning go on, does another begin, or are all done?"""
+        self._learned += 1
+        self._stood = self._stood + 1 if moved is not None and moved < self.course.still else 0
+        left = self.course.groups(self._learning) - self._learned
+        if left and self._stood < 2:
+            return
+        self.planned -= left
+        self._learning, self._learned, self._stood = self._learning + 1, 0, 0
+        if self._learning < self.course.learnings:
+            self.updater.load_state_dict(self._begin)
+            p, seed = self.policy, (self.seed + 7_368_787 * self._learning) % 2**63
+            p.load_state_dict(GaussianPolicy(p.knobs, p.features, p.hidden, seed, self._log_std).state_dict())
 
     def _mean_actions(self, progress: list[float]) -> Tensor:
         """What the kept policies would do, an episode each; where there are fewer, they come again: (E, K, A)."""
@@ -145,13 +187,13 @@ class MetaTrainer:
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers: all that the next update depends on."""
         kept = {name: {key: t.clone() for key, t in weights.items()} for name, weights in self._kept.items()}
-        own = {"updates": self.updates, "kept": kept, "returns": self._returns.clone()}
-        return {**own, "updater": self.updater.state_dict()}
+        where = torch.tensor([self.updates, self.planned, self._learning, self._learned, self._stood])
+        return {"where": where, "kept": kept, "returns": self._returns.clone(), "updater": self.updater.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. Raises `JelError` if the policy network is another."""
         self.updater.load_state_dict(state["updater"])
-        self.updates = int(state["updates"])
+        self.updates, self.planned, self._learning, self._learned, self._stood = state["where"].tolist()
         oldest_first = sorted(state.get("kept", {}).items(), key=lambda kept: int(kept[0]))  # files keep no order
         self._kept = {name: {key: t.clone() for key, t in weights.items()} for name, weights in oldest_first}
         self._returns = state["returns"].clone()

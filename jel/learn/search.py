@@ -106,7 +106,7 @@ SEARCHES: dict[str, Callable[[int, int, int, int], Searcher]] = {  # of (knobs, 
 
 
 class SearchTrainer:
-    """`MetaTrainer`'s twin around a searcher: the same groups of episodes, records, state, and a policy in the end.
+    """`MetaTrainer`'s twin around a searcher: as many groups of episodes, records, state, and a policy in the end.
 
     `shared`: where several processes, on as many machines, tell each other what they found.
     """
@@ -117,6 +117,7 @@ class SearchTrainer:
         policy: GaussianPolicy,
         make_searcher: Callable[[], Searcher],
         config: GroupConfig,
+        planned: int,
         rank: int = 0,
         world_size: int = 1,
         stop_requested: Callable[[], bool] = lambda: False,
@@ -125,6 +126,7 @@ class SearchTrainer:
         if shared and world_size > 1:
             raise JelError("a search that is shared runs in single processes; start several without torchrun")
         self.env, self.policy, self.make_searcher, self.config = env, policy, make_searcher, config
+        self.planned = planned
         self.rank, self.world_size, self.stop_requested, self.shared = rank, world_size, stop_requested, shared
         self.searcher, self.updates = make_searcher(), 0
         self._told: list[tuple[Tensor, int, Tensor]] = []  # an update's (n, A) raw actions, decisions, (n,) returns

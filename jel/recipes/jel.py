@@ -19,7 +19,7 @@ from jel.learn.advantages import RETURNS, group_advantages, standard_grpo_advant
 from jel.learn.env import Env
 from jel.learn.exploration import Exploration
 from jel.learn.grpo import PolicyUpdate
-from jel.learn.meta import GroupConfig, MetaTrainer
+from jel.learn.meta import Course, GroupConfig, MetaTrainer
 from jel.learn.rollout import RewardConfig
 from jel.learn.search import SEARCHES, SearchTrainer
 from jel.policy import GaussianPolicy
@@ -57,7 +57,9 @@ class JelRecipe:
     policy_lr: float = 3e-4
     policy_lr_schedule: str = "constant"  # or "linear", to 0 at the last update
     updates: int = 50
-    compare: int = 0  # of these, the last: they compare the policies of the others
+    compare: int = 0  # of these, the last; this, learnings and still: see `Course`
+    learnings: int = 1
+    still: float = 0.0
     gamma: float = 0.99
     clip: float = 0.2
     epochs: int = 4
@@ -136,9 +138,8 @@ class JelRecipe:
         policy = self.policy(policy_seed)
         config = GroupConfig(self.episodes, chunk, self.reward, self.exploration)
         updater = self.updater(policy, shuffle_seed)
-        return MetaTrainer(
-            self.env(task, policy), policy, updater, config, action_seed, self.updates, self.compare, **where
-        )
+        course = Course(self.updates, self.compare, self.learnings, self.still)
+        return MetaTrainer(self.env(task, policy), policy, updater, config, action_seed, course, **where)
 
     def searcher(self, method: str, task: Task, seed: int, chunk: int, **where: Any) -> SearchTrainer:
         """A search of `SEARCHES` over the same knobs and episodes, constants instead of a learned schedule.
@@ -147,4 +148,4 @@ class JelRecipe:
         """
         policy, config = self.policy(seed), GroupConfig(self.episodes, chunk, self.reward, self.exploration)
         make = lambda: SEARCHES[method](policy.n_actions, self.episodes, self.updates, seed)
-        return SearchTrainer(self.env(task, policy), policy, make, config, **where)
+        return SearchTrainer(self.env(task, policy), policy, make, config, self.updates, **where)

@@ -52,6 +52,8 @@ ABLATIONS = {
     "no-momentum": Row("momentum stays as it is", ["--momentum-range", "1"]),
     "no-critic": Row("clipped policy gradients instead of the critic", GRPO),
     "no-comparison": Row("the last policy, no comparison", ["--compare", "0"]),
+    "two-learnings": Row("two learnings of half as many groups, compared", ["--learnings", "2"]),
+    "stops": Row("stops when the policy stands still", ["--still", "0.6"]),
     "free-schedule": Row("variation within a run costs nothing", ["--variation-cost", "0"]),
     "independent-noise": Row("independent noise", ["--noise-correlation", "0"]),
     "free-departure": Row("staying at the base earns nothing", ["--departure-cost", "0"]),
