@@ -52,3 +52,14 @@ def run_script(base: Path, module: str, *flags: str, check: bool = False, **env)
     )
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The folder of synthetic runs of preset tiny, with everything measured, for the report's tests."""
+    from tests.report_runs import add_everything  # here, so that other tests do not wait for matplotlib
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folder = tmp_path / "runs" / "tiny"
+    add_everything(folder)
+    return folder

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 
 from nanochat.files import read_json
+from scripts.report import __main__ as report
 from scripts.report.evidence import read_evidence
 from scripts.report.render import to_markdown
 from scripts.report.tables import PAPER_TABLE_3
@@ -205,3 +207,9 @@ def section(text, heading):
 
 def change(path, **values):
     write(path, read_json(path) | values)
+
+
+def make_report(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["report", "--preset", "tiny", *flags])
+    report.main()
+    return report.base_dir() / "report"

@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import statistics
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -22,33 +21,17 @@ from scripts.report.text import SECTION_TITLES
 from tests.report_runs import (
     BPB,
     SEEDS,
-    add_everything,
     add_run,
     add_sections,
     change,
     config,
     first_paragraph,
+    make_report,
     row,
     section,
     text_of,
     write,
 )
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """The folder of preset tiny, with everything measured."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    folder = tmp_path / "runs" / "tiny"
-    add_everything(folder)
-    return folder
-
-
-def make_report(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["report", "--preset", "tiny", *flags])
-    report.main()
-    return report.base_dir() / "report"
-
 
 # -----------------------------------------------------------------------------
 # a whole report

@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import base64
 import re
-import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-
-import pytest
 
 from scripts.report import __main__ as report
 from scripts.report.evidence import read_evidence
 from scripts.report.render import inline, to_html
-from tests.report_runs import add_everything, add_sections
+from tests.report_runs import add_sections, make_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """The folder of preset tiny, with everything measured."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    folder = tmp_path / "runs" / "tiny"
-    add_everything(folder)
-    return folder
-
-
-def make_report(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["report", "--preset", "tiny", *flags])
-    report.main()
-    return report.base_dir() / "report"
 
 
 class Page(HTMLParser):
