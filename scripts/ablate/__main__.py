@@ -155,7 +155,7 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
     verdict = "-"
     if row.against is not None:
         others = evidence.results(row.against, "test_bpb")
-        if row.against in TABLES[table]:
+        if any(row.against in rows for rows in TABLES.values()):
             other = run_folder(f"{args.preset}/ablate/{row.against}")
             paths = {seed: other / f"s{seed}" / "result.json" for seed in args.seeds}
             others = {seed: read_json(path, "result")["test_bpb"] for seed, path in paths.items() if path.exists()}
