@@ -43,10 +43,10 @@ _TINY_EPISODES = {
     "lr_batch_rule": "none",
     "total_batch_size": 2048,
 }
-_TINY_JEL = {"updates": 6, "compare": 1, "num_iterations": 100, "decision_interval": 20}
+_TINY_JEL = {"updates": 9, "compare": 1, "num_iterations": 100, "decision_interval": 20}
 
 PRESETS: dict[str, dict[str, dict]] = {
-    "paper": {"meta_train --recipe jel": {"updates": 6, "compare": 1}},  # assumption: as at tiny, not run
+    "paper": {"meta_train --recipe jel": {"updates": 9, "compare": 1}},  # assumption: as at tiny, not run
     "tiny": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},

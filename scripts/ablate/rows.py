@@ -63,8 +63,8 @@ ABLATIONS = {
     "range-10": Row("multipliers within 10", ["--action-range", "10"]),
     "short-episodes": Row("episodes of half the steps", ["--num-iterations", "50", "--decision-interval", "10"]),
     "more-decisions": Row("twice the decisions an episode", ["--decision-interval", "10"]),
-    "4-episodes": Row("4 episodes a group, twice as many groups", ["--episodes", "4", "--updates", "12"]),
-    "9-groups": Row("9 groups in place of 6", ["--updates", "9"]),
+    "4-episodes": Row("4 episodes a group, twice as many groups", ["--episodes", "4", "--updates", "18"]),
+    "6-groups": Row("6 groups in place of 9", ["--updates", "6"]),
     "long-rows": Row(
         "rows of twice the length, half as many", ["--episode-seq-len", "128", "--episode-batch-size", "4"]
     ),
@@ -92,7 +92,7 @@ ABLATIONS = {
 EQUAL_BUDGET = {
     "random": Row("random search over the same constants", ["--method", "random"]),
     "cma": Row("CMA-ES over the same constants", ["--method", "cma"]),
-    "cma-9-groups": Row("CMA-ES, 9 groups", ["--method", "cma", "--updates", "9"], against="9-groups"),
+    "cma-6-groups": Row("CMA-ES, 6 groups", ["--method", "cma", "--updates", "6"], against="6-groups"),
     "halving": Row("successive halving over the same constants", ["--method", "halving"]),
     "own-mean": Row("JEL's own mean decision, held", control=HELD),
 }
