@@ -83,7 +83,7 @@ def test_fit_learns_on_a_task_of_the_users(folder, capsys):
     call = ["fit", "task_of_mine:task", "--method", "random", "--budget", "30", "--base", "30", "--out", "fit"]
     assert main(call) == 0
     kept = json.loads(Path("fit/card.json").read_text())["kept"]
-    assert kept in ("learned", "damped") and jel.load_schedule("fit/schedule.json")["decisions"]
+    assert kept in ("learned", "carried") and jel.load_schedule("fit/schedule.json")["decisions"]
     shown = capsys.readouterr().out
     assert "saved: fit/schedule.json" in shown and ("no picture" in shown) != Path("fit/fit.png").exists()
     assert main(call) == 2 and "holds a fit already" in capsys.readouterr().err

@@ -21,17 +21,29 @@ T95 = (math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 
 Rows = list[dict]  # [{"progress": p, "multipliers": {group: {hyperparameter: m}}}, ...]
 
 
-def damped(rows: Rows, power: float) -> Rows:
-    """Every multiplier to this power: 0 is the base, 1 the rows themselves, in between a part of the way."""
+def scaled(rows: Rows, factor: float) -> Rows:
+    """The same rows with every multiplier of a learning rate times `factor`."""
     return [
         {
             "progress": row["progress"],
             "multipliers": {
-                group: {key: value**power for key, value in of.items()} for group, of in row["multipliers"].items()
+                group: {key: value * (factor if key == "lr" else 1.0) for key, value in of.items()}
+                for group, of in row["multipliers"].items()
             },
         }
         for row in rows
     ]
+
+
+def ones(rows: Rows) -> Rows:
+    """The base, decided at the same points."""
+    blank = lambda of: {group: dict.fromkeys(keys, 1.0) for group, keys in of.items()}
+    return [{"progress": row["progress"], "multipliers": blank(row["multipliers"])} for row in rows]
+
+
+def candidate(way: str, learned: Rows, carry: float) -> Rows:
+    """What a way to be compared does: "base", "carried" (rates times `carry`) or "learned" (as they are)."""
+    return {"base": ones, "carried": lambda rows: scaled(rows, carry), "learned": lambda rows: rows}[way](learned)
 
 
 def run_side_by_side(
