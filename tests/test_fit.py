@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import jel
-from jel import JelError
+from jel import JelError, Knob
 from jel.fitting import Base, FitConfig
 from jel.fitting.base import as_base, knobs_for
 from jel.fitting.compare import candidate, judge
@@ -107,10 +107,12 @@ def test_noise_and_blow_ups_are_no_gain():
 
 def test_what_is_compared():
     rows = [{"progress": 0.5, "multipliers": {"*": {"lr": 9.0, "weight_decay": 2.0}, "head": {"lr": 0.25}}}]
-    of = lambda way: candidate(way, rows, 0.5)[0]
+    knobs = (Knob("lr", "lr", bounds=(0.1, 10.0)), Knob("weight_decay", "weight_decay"), Knob("head", "lr", ("head",)))
+    of = lambda way, carry=0.5: candidate(way, rows, carry, knobs)[0]
     assert of("base") == {"progress": 0.5, "multipliers": {"*": {"lr": 1.0, "weight_decay": 1.0}, "head": {"lr": 1.0}}}
     assert of("carried")["multipliers"] == {"*": {"lr": 4.5, "weight_decay": 2.0}, "head": {"lr": 0.125}}
     assert of("learned") == rows[0]
+    assert of("carried", 0.001)["multipliers"] == {"*": {"lr": 0.1, "weight_decay": 2.0}, "head": {"lr": 0.001}}
 
 
 def test_rates_of_short_episodes_are_carried_over_to_the_run_by_the_root_of_its_length():

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from jel.knobs import Multipliers
+from jel.knobs import Knob, Multipliers
+from jel.schedule import bounds_of
 from jel.tasks.base import Task
 
 FRESH = 1_000_000  # groups of episodes numbered from here on are the comparison's: no update saw their seeds
@@ -21,29 +22,24 @@ T95 = (math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 
 Rows = list[dict]  # [{"progress": p, "multipliers": {group: {hyperparameter: m}}}, ...]
 
 
-def scaled(rows: Rows, factor: float) -> Rows:
-    """The same rows with every multiplier of a learning rate times `factor`."""
+def candidate(way: str, learned: Rows, carry: float, knobs: Sequence[Knob]) -> Rows:
+    """What a way to be compared does: "base", "carried" (learning rates times `carry`, within bounds) or "learned"."""
+
+    def value(group: str, key: str, learned: float) -> float:
+        if way == "base":
+            return 1.0
+        low, high = bounds_of(knobs, group, key) or (0.0, math.inf)
+        return min(max(learned * carry, low), high) if way == "carried" and key == "lr" else learned
+
     return [
         {
             "progress": row["progress"],
             "multipliers": {
-                group: {key: value * (factor if key == "lr" else 1.0) for key, value in of.items()}
-                for group, of in row["multipliers"].items()
+                g: {key: value(g, key, m) for key, m in of.items()} for g, of in row["multipliers"].items()
             },
         }
-        for row in rows
+        for row in learned
     ]
-
-
-def ones(rows: Rows) -> Rows:
-    """The base, decided at the same points."""
-    blank = lambda of: {group: dict.fromkeys(keys, 1.0) for group, keys in of.items()}
-    return [{"progress": row["progress"], "multipliers": blank(row["multipliers"])} for row in rows]
-
-
-def candidate(way: str, learned: Rows, carry: float) -> Rows:
-    """What a way to be compared does: "base", "carried" (rates times `carry`) or "learned" (as they are)."""
-    return {"base": ones, "carried": lambda rows: scaled(rows, carry), "learned": lambda rows: rows}[way](learned)
 
 
 def run_side_by_side(

@@ -155,7 +155,7 @@ def fit(
                 learned = surest(trainer, points)
             else:
                 learned = multiplier_table(trainer.policy, points)
-            ways = [candidate(way, learned, plan.carry(config.carry)) for way in plan.ways]
+            ways = [candidate(way, learned, plan.carry(config.carry), knobs) for way in plan.ways]
             while not stop.requested() and len(losses) < plan.check_seeds:
                 t0 = time.perf_counter()
                 found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
@@ -230,7 +230,7 @@ def _result(
     if kept == "base":
         schedule = constant(1.0)
     else:
-        rows = candidate(kept, learned, plan.carry(asked["config"]["carry"]))
+        rows = candidate(kept, learned, plan.carry(asked["config"]["carry"]), knobs)
         source = f"jel.fit, {asked['method']}, {kept}"
         schedule = make_schedule(rows, source, getattr(task, "contract", None), knobs)
     card = {
