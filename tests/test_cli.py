@@ -25,7 +25,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "s.json").write_text(json.dumps(SCHEDULE))
     (tmp_path / "user_code.py").write_text(
         "from tests.loops import adamw, make_model\ndef make(): return adamw(make_model())\nbroken = 3\n"
+        "def failing(): return {}['data']\ntext = 'a task'\n"
     )
+    (tmp_path / "foreign.json").write_text('{"format": "a recipe for soup"}')
     return tmp_path
 
 
@@ -112,6 +114,9 @@ def test_a_preview_is_the_run_and_gives_the_optimizer_back():
     [
         ("show nope.json", "nope.json does not exist"),
         ("show user_code.py", "does not exist"),
+        ("show foreign.json", "foreign.json is neither a schedule nor a policy's card"),
+        ("fit user_code:failing", "user_code:failing() fails (KeyError: 'data')"),
+        ("fit user_code:text", "user_code:text() fails (TypeError: 'str' object is not callable)"),
         ("export s.json --out s.txt", "must end in .json or .csv"),
         ("export default --points 0", "--points is 0"),
         ("apply s.json user_code:make --total-steps 8", "give --dry-run"),

@@ -1,6 +1,8 @@
 """A small task for `jel.fit`: runs of AdamW on a task that was drawn, side by side.
 
+```python
 result = jel.fit(small_task("regression", seed=3, lr=1e-5), base="unknown")
+```
 
 e episodes side by side. The controller sees the validation split; the test split is for whoever judges it.
 """
