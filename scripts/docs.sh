@@ -10,7 +10,7 @@ import importlib, pkgutil, sys
 import jel.integrations
 
 for module in pkgutil.iter_modules(jel.__path__, "jel."):  # one by one: jel itself names its public names only
-    if module.name != "jel.__main__":
+    if module.name.removeprefix("jel.") not in ("__main__", *jel.__all__):
         print(module.name)
 for module in pkgutil.iter_modules(jel.integrations.__path__, "jel.integrations."):
     try:
