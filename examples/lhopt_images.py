@@ -1,7 +1,7 @@
 """A residual network on images under "lhopt": CIFAR-10's binary files, or folders of pictures as ImageNet's.
 
-    python examples/lhopt_images.py cifar-10-batches-bin --epochs 10
-    python examples/lhopt_images.py imagenet --size 224 --width 64 --epochs 90      (needs pillow)
+    python -m examples.lhopt_images cifar-10-batches-bin --epochs 10
+    python -m examples.lhopt_images imagenet --size 224 --width 64 --epochs 90      (needs pillow)
 
 A folder of pictures holds train/CLASS/*.jpg and val/CLASS/*.jpg. The shipped policy never saw an image larger than
 8 x 8, a residual network or a run of more than a few hundred steps; full ImageNet has not been run by us.
@@ -10,70 +10,17 @@ A folder of pictures holds train/CLASS/*.jpg and val/CLASS/*.jpg. The shipped po
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import jel
-
-
-class Cifar(torch.utils.data.Dataset):
-    """Records of one byte of label and 3 x 32 x 32 bytes of image."""
-
-    def __init__(self, files: list[Path]):
-        rows = np.concatenate([np.fromfile(f, np.uint8).reshape(-1, 3073) for f in files])
-        self.labels, self.images = rows[:, 0].astype(np.int64), rows[:, 1:].reshape(-1, 3, 32, 32)
-        self.classes = 10
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return torch.from_numpy(self.images[i]).float() / 128 - 1, int(self.labels[i])
-
-
-class Pictures(torch.utils.data.Dataset):
-    """One folder a class; the middle of each picture, scaled to `size`."""
-
-    def __init__(self, folder: Path, size: int):
-        names = sorted(d.name for d in folder.iterdir() if d.is_dir())
-        self.files = [(f, i) for i, name in enumerate(names) for f in sorted((folder / name).iterdir())]
-        self.size, self.classes = size, len(names)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        from PIL import Image, ImageOps
-
-        with Image.open(self.files[i][0]) as picture:
-            pixels = np.asarray(ImageOps.fit(picture.convert("RGB"), (self.size, self.size)), dtype=np.float32)
-        return torch.from_numpy(pixels).permute(2, 0, 1) / 128 - 1, self.files[i][1]
-
-
-class Block(nn.Module):
-    def __init__(self, a: int, b: int, stride: int):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.Conv2d(b, b, 3, 1, 1, bias=False)
-        self.norms = nn.ModuleList([nn.BatchNorm2d(b), nn.BatchNorm2d(b)])
-        self.skip = nn.Conv2d(a, b, 1, stride, bias=False) if stride > 1 or a != b else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.skip(x) + self.norms[1](self.two(F.relu(self.norms[0](self.one(x))))))
-
-
-def residual_network(width: int, classes: int, size: int) -> nn.Module:
-    """Three of ResNet-18's four stages; the stem halves large images twice."""
-    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False)] if size <= 64 else [nn.Conv2d(3, width, 7, 4, 3, bias=False)]
-    stages = [
-        Block(width * a, width * b, s) for a, b, s in ((1, 1, 1), (1, 1, 1), (1, 2, 2), (2, 2, 1), (2, 4, 2), (4, 4, 1))
-    ]
-    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes))
+from examples.models_and_data import image_sets, residual_network
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, device: str, batches: int) -> tuple[float, float]:
+def evaluate(model: nn.Module, loader: DataLoader, device: str, batches: int) -> tuple[float, float]:
     """(loss, accuracy) over the first so many batches."""
     model.eval()
     losses, hits, count = [], 0, 0
@@ -98,16 +45,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    if (args.data / "test_batch.bin").exists():
-        train_set, val_set = Cifar(sorted(args.data.glob("data_batch_*.bin"))), Cifar([args.data / "test_batch.bin"])
-        size = 32
-    else:
-        train_set, val_set = (Pictures(args.data / part, args.size) for part in ("train", "val"))
-        size = args.size
-    kept = {"batch_size": args.batch, "num_workers": args.workers}
-    loader = torch.utils.data.DataLoader(train_set, shuffle=True, drop_last=True, **kept)
-    val_loader = torch.utils.data.DataLoader(val_set, shuffle=True, **kept)
-    model = residual_network(args.width, train_set.classes, size).to(args.device)
+    train_set, val_set = image_sets(args.data, args.size)
+    kept = {"batch_size": args.batch, "num_workers": args.workers, "shuffle": True}
+    loader, val_loader = DataLoader(train_set, drop_last=True, **kept), DataLoader(val_set, **kept)
+    model = residual_network(args.width, train_set.classes, train_set.size).to(args.device)
     steps = args.epochs * len(loader)
     optimizer = jel.adamw(model.parameters())
     scheduler = jel.Scheduler(optimizer, steps, args.policy)

@@ -1,6 +1,6 @@
 """A causal transformer on WikiText-103 under "lhopt".
 
-    python examples/lhopt_text.py wikitext-103 --layers 12 --width 768 --batch 32 --device cuda
+    python -m examples.lhopt_text wikitext-103 --layers 12 --width 768 --batch 32 --device cuda
 
 The folder holds wiki.train.tokens and wiki.valid.tokens, as WikiText-103 is distributed, or any two texts of these
 names. Words outside of the most frequent `--vocabulary` are one unknown word, so perplexities compare with those of the
@@ -8,7 +8,6 @@ same vocabulary only. One pass over the text, as in the paper; the full size has
 """
 
 import argparse
-import collections
 import math
 from pathlib import Path
 
@@ -17,29 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jel
-
-
-def words(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").replace("\n", " <eos> ").split()
-
-
-class Transformer(nn.Module):
-    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int):
-        super().__init__()
-        self.words, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        self.head.weight = self.words.weight
-        nn.init.normal_(self.words.weight, std=0.02)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        n = ids.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(n, device=ids.device)
-        x = self.words(ids) + self.places(torch.arange(n, device=ids.device))
-        return self.head(self.blocks(x, mask=mask, is_causal=True))
+from examples.models_and_data import Transformer, word_rows
 
 
 def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -66,33 +43,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    text = {part: words(args.data / f"wiki.{part}.tokens") for part in ("train", "valid")}
-    frequent = collections.Counter(text["train"]).most_common(args.vocabulary - 1)
-    numbers = {word: i + 1 for i, (word, _) in enumerate(frequent)}  # 0: unknown
-    rows = {}
-    for part, found in text.items():
-        ids = torch.tensor([numbers.get(word, 0) for word in found], device=args.device)
-        rows[part] = ids[: len(ids) // (args.length + 1) * (args.length + 1)].view(-1, args.length + 1)
-    order = torch.randperm(len(rows["train"])).split(args.batch)
+    rows, held_out, words = word_rows(args.data, args.vocabulary, args.length)
+    rows, held_out = rows.to(args.device), held_out.to(args.device)
+    order = torch.randperm(len(rows)).split(args.batch)
     steps = len(order)
-    model = Transformer(len(numbers) + 1, args.length, args.width, args.layers, args.heads).to(args.device)
+    model = Transformer(words, args.length, args.width, args.layers, args.heads).to(args.device)
     optimizer = jel.adamw(model.parameters())
     scheduler = jel.Scheduler(optimizer, steps, args.policy)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text['train']):,} words, {steps:,} steps")
-    every = max(1, steps // 20)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows.numel():,} words, {steps:,} steps")
     for step, at in enumerate(order):
-        if step % every == 0:
-            val = evaluate(model, rows["valid"][: args.val_rows], args.batch)
+        if step % max(1, steps // 20) == 0:
+            val = evaluate(model, held_out[: args.val_rows], args.batch)
             scheduler.observe(val_loss=val)
             rate = optimizer.param_groups[0]["lr"]
             print(f"step {step}: val perplexity {math.exp(val):.2f}, lr {rate:.2e}", flush=True)
-        loss = loss_of(model, rows["train"][at.to(args.device)])
+        loss = loss_of(model, rows[at.to(args.device)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.observe(loss=loss)
         scheduler.step()
-    print(f"end: val perplexity {math.exp(evaluate(model, rows['valid'], args.batch)):.2f}")
+    print(f"end: val perplexity {math.exp(evaluate(model, held_out, args.batch)):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The `jel` command.
 
-jel export POLICY --out schedule.json      a policy's schedule; .csv for other frameworks
-jel show schedule.json --png plot.png      in the terminal, and as a picture
-jel apply schedule.json my_module:make_optimizer --total-steps 1000 --dry-run
-jel fit my_module:task --out folder        learn a schedule for a task of yours
-jel watch RUN                              follow a run that is training
+    jel export POLICY --out schedule.json      a policy's schedule; .csv for other frameworks
+    jel show schedule.json --png plot.png      in the terminal, and as a picture
+    jel apply schedule.json my_module:make_optimizer --total-steps 1000 --dry-run
+    jel fit my_module:task --out folder        learn a schedule for a task of yours
+    jel watch RUN                              follow a run that is training
+
+`jel COMMAND --help` names the flags of each.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ def schedule_of(source: str, points: int) -> dict:
     record = read_json(path, "schedule") if path.suffix == ".json" else {}
     if isinstance(record, dict) and record.get("format") == FORMAT:
         return checked_schedule(record, f"schedule {path}")
+    if path.suffix == ".json" and not (isinstance(record, dict) and str(record.get("format")).endswith("-policy")):
+        raise JelError(f"{path} is neither a schedule nor a policy's card")
     if points < 1:
         raise JelError(f"--points is {points}; give a number of decisions")
     controller = PolicyController(path)
@@ -138,6 +142,17 @@ def imported(spec: str) -> Any:
     return getattr(module, name)
 
 
+def _called(function: Any, spec: str) -> Any:
+    """What a function of the user's gives, called without arguments. Raises `JelError` if it fails."""
+    try:
+        return function()
+    except JelError:
+        raise
+    except Exception as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise JelError(f"{spec}() fails ({reason[:300]})") from e
+
+
 def _add_apply(commands: Any) -> None:
     command = commands.add_parser("apply", help="what a schedule would do to each param group of an optimizer")
     command.add_argument("schedule")
@@ -154,7 +169,7 @@ def _apply(args: argparse.Namespace) -> None:
     if not args.dry_run:
         raise JelError("jel apply only shows: give --dry-run; in a training loop, jel.Scheduler applies a schedule")
     made = imported(args.optimizer)
-    optimizer = made() if callable(made) else made
+    optimizer = _called(made, args.optimizer) if callable(made) else made
     print(table(preview(optimizer, args.total_steps, args.schedule, mode=args.mode)))
 
 
@@ -176,7 +191,7 @@ def _fit(args: argparse.Namespace) -> None:
     from jel.fitting.fit import fit
 
     made = imported(args.task)
-    task = made if hasattr(made, "num_steps") and not inspect.isclass(made) else made()
+    task = made if hasattr(made, "num_steps") and not inspect.isclass(made) else _called(made, args.task)
     base = _number(args.base) if args.base else None
     choices = {"budget": args.budget, "method": args.method, "seed": args.seed, "resume": args.resume}
     result = fit(task, base=base, folder=args.out, **choices)

@@ -19,15 +19,16 @@ LEAST = 8  # comparisons that the measured part of a run must hold for a fit
 class Guard:
     """Compares the training loss, as `Scheduler.observe` is told it, with the base's curve.
 
-    margin: how far the run may lie above the base, as a share of the base's loss; to it comes twice
+    - `margin`: how far the run may lie above the base, as a share of the base's loss; to it comes twice
         the noise of a curve that was measured here.
-    curve: the base's training loss, `[(step, loss), ...]`. Without one the schedule's own recorded curve is used, and
-        where it has none, the first `measure` of the run's steps are left to the base, whose curve is extrapolated from
-        them by a power law.
-    smooth: weight of the old value in the exponential averages of the loss and of the base's.
-    every: optimizer steps between comparisons; default: 8 in the first `measure` of the run, at most 10 steps apart.
-    patience: how many in a row must lie above the margin.
-    save_every: optimizer steps between snapshots, if `snapshot` says how to make one.
+    - `curve`: the base's training loss, `[(step, loss), ...]`. Without one the schedule's own recorded curve is used,
+        and where it has none, the first `measure` of the run's steps are left to the base, whose curve is then
+        extrapolated by a power law.
+    - `smooth`: weight of the old value in the exponential averages of the loss and of the base's.
+    - `every`: optimizer steps between comparisons; default: 8 in the first `measure` of the run, at most 10
+        steps apart.
+    - `patience`: how many in a row must lie above the margin.
+    - `save_every`: optimizer steps between snapshots, if `snapshot` says how to make one.
 
     One that has tripped holds the base's values to the end of the run. Raises `JelError` for numbers without sense.
     """

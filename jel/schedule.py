@@ -1,11 +1,13 @@
 """A controller's multipliers over progress, as JSON that needs no policy and replays at any length.
 
+```json
 {"format": "jel-schedule", "version": 2, "source": "policy <sha256>",
  "contract": {"groups": [{"name": "*", "kind": "adamw", "base": {"lr": 0.001, "weight_decay": 0.01}}],
               "schedule": "constant", "steps": 200, "least": 50, "most": 4000},
  "knobs": [{"name": "lr", "hyperparameter": "lr", "groups": ["*"], "scale": "log", "bounds": [0.01, 100.0]}],
  "base_curve": [[0.1, 3.2], [0.2, 2.9]],
  "decisions": [{"progress": 0.0, "multipliers": {"*": {"lr": 1.3, "weight_decay": 0.9}}}, ...]}
+```
 
 `progress` is the share of the run's steps taken; each decision holds until the next. `contract` (jel/contract.py) is
 what it was learned against: null where that is unknown, without groups where any optimizer fits. `knobs` bound the

@@ -43,21 +43,21 @@ _attached: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Scheduler]] = weakre
 class Scheduler(LRScheduler):
     """Multiplies what the base schedule gives by what a schedule or controller decides.
 
-    optimizer: any torch optimizer, or a wrapper whose `.optimizer` is one.
-    total_steps: T, the optimizer steps of the run. `step()` after more of them raises.
-    schedule_or_controller: an exported schedule (a dict or a path), a policy's path, a registered name, or a
+    - `optimizer`: any torch optimizer, or a wrapper whose `.optimizer` is one.
+    - `total_steps`: T, the optimizer steps of the run. `step()` after more of them raises.
+    - `schedule_or_controller`: an exported schedule (a dict or a path), a policy's path, a registered name, or a
         controller. There is no default.
-    inner: a scheduler of the same optimizer, the base schedule. `step` steps it (and passes on its arguments, as
+    - `inner`: a scheduler of the same optimizer, the base schedule. `step` steps it (and passes on its arguments, as
         `ReduceLROnPlateau` needs), and the multipliers act on what it gives. Without one the base is `initial_lr`.
-    mode: "absolute" applies the multipliers where the schedule's contract fits, and refuses elsewhere; "shape" divides
-        them by their largest, so that the base value stays the peak.
-    base_schedule: what the contract calls the base schedule; default "constant", or the class of `inner`.
-    bounds: (low, high) of every multiplier, or by hyperparameter; default: the schedule's own, else (0.01, 100).
-    max_change: the largest factor between a group's multipliers from one decision to the next.
-    interval: optimizer steps between a controller's decisions; default T / 20. A schedule has decision points.
-    count: "optimizer" counts optimizer steps, however often `step` is called; "calls" counts calls of `step`, for
+    - `mode`: "absolute" applies the multipliers where the schedule's contract fits, and refuses elsewhere; "shape"
+        divides them by their largest, so that the base value stays the peak.
+    - `base_schedule`: what the contract calls the base schedule; default "constant", or the class of `inner`.
+    - `bounds`: (low, high) of every multiplier, or by hyperparameter; default: the schedule's own, else (0.01, 100).
+    - `max_change`: the largest factor between a group's multipliers from one decision to the next.
+    - `interval`: optimizer steps between a controller's decisions; default T / 20. A schedule has decision points.
+    - `count`: "optimizer" counts optimizer steps, however often `step` is called; "calls" counts calls of `step`, for
         optimizer steps that Python does not see, as in a captured graph.
-    guard: True or a `Guard`: back to the base when the run does worse than it (jel/guard.py).
+    - `guard`: True or a `Guard`: back to the base when the run does worse than it (jel/guard.py).
 
     Raises `JelError` in one line, before the optimizer is touched.
     """

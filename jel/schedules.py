@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ def constant(multiplier: float, hyperparameter: str = "lr", group: str = "*") ->
     return piecewise([(0.0, {group: {hyperparameter: multiplier}})])
 
 
-def piecewise(rows: Sequence[tuple[float, Mapping[str, Mapping[str, float]]]]) -> dict[str, Any]:
+def piecewise(rows: Sequence[tuple[float, float | Mapping[str, Mapping[str, float]]]]) -> dict[str, Any]:
     """`(progress, multipliers)` rows, each held until the next: `[(0.0, {"*": {"lr": 2.0}}), (0.5, ...)]`.
+
+    A number for the multipliers is that of every group's learning rate: `[(0.0, 2.0), (0.5, 1.0)]`.
 
     Raises `JelError` unless progress starts at 0, rises and stays below 1, and multipliers are finite and above 0.
     """
-    decisions = [{"progress": p, "multipliers": {g: dict(own) for g, own in m.items()}} for p, m in rows]
+    whole = lambda m: copy.deepcopy(dict(m)) if isinstance(m, Mapping) else {"*": {"lr": m}}
+    decisions = [{"progress": p, "multipliers": whole(m)} for p, m in rows]
     return make_schedule(decisions, "written by hand", ANY)

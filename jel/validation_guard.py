@@ -1,9 +1,11 @@
 """The best weights on validation are kept; a run that leaves them far behind goes back to them. For any controller.
 
+```python
 guard = jel.ValidationGuard(save=lambda: copy.deepcopy(model.state_dict()), load=model.load_state_dict)
 scheduler = jel.Scheduler(optimizer, total_steps, "lhopt", guard=guard)
 ...; scheduler.observe(loss=loss, val_loss=...)
 guard.load_best()                                   # at the end
+```
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ class ValidationGuard(Guard):
 
     save, load: `save()` returns a copy of what is to be kept (weights; and the optimizer's state, if a return is to
         find it as it was), `load(copy)` puts it back.
-    margin: how far a validation loss may lie above the best so far, as a share of the best.
-    patience: how many validation losses in a row must lie above it.
-    every: optimizer steps between looks at the training loss, which must be finite.
+    - `margin`: how far a validation loss may lie above the best so far, as a share of the best.
+    - `patience`: how many validation losses in a row must lie above it.
+    - `every`: optimizer steps between looks at the training loss, which must be finite.
 
     It trips once: the best copy is loaded and the base's values hold to the end. Copies are not part of its state:
     after resuming, the next validation loss is the best again.

@@ -25,7 +25,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "s.json").write_text(json.dumps(SCHEDULE))
     (tmp_path / "user_code.py").write_text(
         "from tests.loops import adamw, make_model\ndef make(): return adamw(make_model())\nbroken = 3\n"
+        "def failing(): return {}['data']\ntext = 'a task'\n"
     )
+    (tmp_path / "foreign.json").write_text('{"format": "a recipe for soup"}')
     return tmp_path
 
 
@@ -83,7 +85,7 @@ def test_fit_learns_on_a_task_of_the_users(folder, capsys):
     call = ["fit", "task_of_mine:task", "--method", "random", "--budget", "30", "--base", "30", "--out", "fit"]
     assert main(call) == 0
     kept = json.loads(Path("fit/card.json").read_text())["kept"]
-    assert kept in ("learned", "damped") and jel.load_schedule("fit/schedule.json")["decisions"]
+    assert kept in ("learned", "carried") and jel.load_schedule("fit/schedule.json")["decisions"]
     shown = capsys.readouterr().out
     assert "saved: fit/schedule.json" in shown and ("no picture" in shown) != Path("fit/fit.png").exists()
     assert main(call) == 2 and "holds a fit already" in capsys.readouterr().err
@@ -112,6 +114,9 @@ def test_a_preview_is_the_run_and_gives_the_optimizer_back():
     [
         ("show nope.json", "nope.json does not exist"),
         ("show user_code.py", "does not exist"),
+        ("show foreign.json", "foreign.json is neither a schedule nor a policy's card"),
+        ("fit user_code:failing", "user_code:failing() fails (KeyError: 'data')"),
+        ("fit user_code:text", "user_code:text() fails (TypeError: 'str' object is not callable)"),
         ("export s.json --out s.txt", "must end in .json or .csv"),
         ("export default --points 0", "--points is 0"),
         ("apply s.json user_code:make --total-steps 8", "give --dry-run"),

@@ -57,12 +57,6 @@ def test_the_splits_share_nothing():
     assert len(train) > 1000 and len(probe) == len(test) == 256
 
 
-@pytest.mark.parametrize("name", NEEDS)
-def test_examples_are_short(name):
-    assert len((Path(compare.__file__).parent / f"{name}.py").read_text().splitlines()) <= 80
-    assert name in compare.EXAMPLES
-
-
 def test_the_table_says_who_wins():
     def results(method: str, losses: list[float], price: float = 0.0) -> dict:
         return {f"tabular_mlp/{method}/{i}": {"test_loss": x, "price": price} for i, x in enumerate(losses)}
@@ -77,3 +71,51 @@ def test_the_table_says_who_wins():
     assert "| default | -0.498 (-0.504, -0.492) better |" in table[ours:rough]
     assert any(line.startswith("| cosine") and line.endswith("not shown |") for line in table[ours:rough])
     assert "| default | +1.000 (+1.000, +1.000) **worse** |" in table[rough:]
+
+
+# -----------------------------------------------------------------------------
+# the integrations' own examples
+
+
+def test_accelerate_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    pytest.importorskip("accelerate")
+    from examples import accelerate_loop as example
+
+    monkeypatch.setattr(example, "STEPS", 8)
+    threefold = jel.schedules.piecewise([(0.0, 1.0), (0.5, 3.0)])
+    whole = example.run(threefold, tmp_path / "nothing", stop_at=8)
+    example.run(threefold, tmp_path / "state", stop_at=5)
+    assert example.run(threefold, tmp_path / "state", stop_at=8) == whole
+    assert example.run(jel.schedules.constant(1.0), tmp_path / "nothing", stop_at=8) != whole
+
+
+def test_optuna_finds_a_better_rate_in_short_episodes(monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    from examples import optuna_schedule as example
+
+    monkeypatch.setattr(example, "STEPS", 60)
+    monkeypatch.setattr(example, "EPISODE", 20)
+    example.main(trials=6)
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 3 and losses[1] < losses[0]
+
+
+@pytest.mark.slow  # Ray takes its time to start
+def test_ray_trains_the_episodes(monkeypatch, capsys):
+    pytest.importorskip("ray.tune")
+    from examples import ray_cluster as example
+
+    monkeypatch.setattr(example, "STEPS", 100)
+    monkeypatch.setattr(example, "EPISODE", 20)
+    example.main(trials=2)
+    printed = capsys.readouterr().out
+    assert "with JEL: test loss" in printed and "the best of 2 trials of Tune: test loss" in printed
+
+
+SHORT = [*NEEDS, "accelerate_loop", "optuna_schedule", "ray_cluster", "lhopt", "lhopt_text", "lhopt_images"]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_examples_are_short(name):
+    assert len((Path(compare.__file__).parent / f"{name}.py").read_text().splitlines()) <= 80
+    assert name in compare.EXAMPLES or name not in NEEDS

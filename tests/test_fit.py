@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import jel
-from jel import JelError
+from jel import JelError, Knob
 from jel.fitting import Base, FitConfig
 from jel.fitting.base import as_base, knobs_for
-from jel.fitting.compare import damped, judge
+from jel.fitting.compare import candidate, judge
 from jel.fitting.plan import Price, make_plan
 from jel.fitting.state import load_state
 from tests.jel_parts import QuadraticTask
@@ -40,7 +40,7 @@ def test_it_finds_a_better_schedule_than_a_base_ten_times_too_low(method):
     if method == "cma":
         pytest.importorskip("cmaes")
     result, lines = fit(quadratic(0.05, noise=0.1), method=method)
-    assert result.card["kept"] in ("learned", "damped")
+    assert result.card["kept"] in ("learned", "carried")
     rates = [row["multipliers"]["*"]["lr"] * 0.05 for row in result.schedule["decisions"]]
     assert all(0.1 < rate < 2.0 for rate in rates)  # 1 is best without noise, 2 diverges
     assert sum(line.startswith("update ") for line in lines) == result.card["plan"]["updates"]
@@ -105,11 +105,25 @@ def test_noise_and_blow_ups_are_no_gain():
     assert below.better and below.gain[0] == pytest.approx(1.0)
 
 
-def test_damped_rows_go_half_of_the_way():
-    rows = [{"progress": 0.0, "multipliers": {"*": {"lr": 9.0}, "head": {"lr": 0.25}}}]
-    assert damped(rows, 0.5)[0]["multipliers"] == {"*": {"lr": 3.0}, "head": {"lr": 0.5}}
-    assert damped(rows, 0.0)[0]["multipliers"] == {"*": {"lr": 1.0}, "head": {"lr": 1.0}}
-    assert damped(rows, 1.0) == rows
+def test_what_is_compared():
+    rows = [{"progress": 0.5, "multipliers": {"*": {"lr": 9.0, "weight_decay": 2.0}, "head": {"lr": 0.25}}}]
+    knobs = (Knob("lr", "lr", bounds=(0.1, 10.0)), Knob("weight_decay", "weight_decay"), Knob("head", "lr", ("head",)))
+    of = lambda way, carry=0.5: candidate(way, rows, carry, knobs)[0]
+    assert of("base") == {"progress": 0.5, "multipliers": {"*": {"lr": 1.0, "weight_decay": 1.0}, "head": {"lr": 1.0}}}
+    assert of("carried")["multipliers"] == {"*": {"lr": 4.5, "weight_decay": 2.0}, "head": {"lr": 0.125}}
+    assert of("learned") == rows[0]
+    assert of("carried", 0.001)["multipliers"] == {"*": {"lr": 0.1, "weight_decay": 2.0}, "head": {"lr": 0.001}}
+
+
+def test_rates_of_short_episodes_are_carried_over_to_the_run_by_the_root_of_its_length():
+    price, ways = Price(1.0, None, 1e-3, 0.0), {}
+    for budget in (1.0, 4.0, 60.0):
+        plan = make_plan(1000, budget, price, FitConfig(), fixed_length=False)
+        assert plan.carry(0.5) == pytest.approx((plan.episode_steps / 1000) ** 0.5)
+        ways[budget] = plan.ways
+    assert ways == {1.0: ("base", "carried"), 4.0: ("base", "carried"), 60.0: ("base", "carried", "learned")}
+    whole = make_plan(1000, 60.0, price, FitConfig(), fixed_length=True)
+    assert whole.ways == ("base", "learned") and whole.carry(0.5) == 1.0
 
 
 def test_any_task_of_the_protocol_will_do():

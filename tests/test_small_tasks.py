@@ -5,10 +5,13 @@ import importlib.util
 import pytest
 import torch
 
+import jel
 from jel.errors import JelError
+from jel.fitting import FitConfig
 from jel.tasks.small import bank, models
 from jel.tasks.small.episodes import DEFAULTS, Episodes, SmallTask, Split
 from jel.tasks.small.kinds import HELD_OUT, TRAINING, build, draw
+from jel.tasks.small.task import small_task
 
 SKLEARN = importlib.util.find_spec("sklearn") is not None
 NEEDS_SKLEARN = {"digits", "autoencoder", "cnn", "breast_cancer", "wine"}
@@ -146,3 +149,51 @@ def test_a_bank_that_one_setting_solves_is_refused():
         bank.check_bank([bank.BankTask(draw("quadratic", 0), losses)])
     noise = bank.BankTask(draw("quadratic", 0), torch.randn(len(bank.SETTINGS), 8, generator=torch.Generator()))
     assert noise not in bank.worth_learning([noise])
+
+
+# -----------------------------------------------------------------------------
+# as tasks of jel.fit
+
+
+def test_a_small_task_multiplies_the_base_values_of_its_episodes():
+    task = small_task("tabular", 3, lr=2e-3, weight_decay=0.1)
+    task.reset(7, range(2))
+    task.train(0, 6, {"*": {"lr": torch.tensor([1.0, 5.0])}})
+    task.train(6, 4, {"*": {"weight_decay": 3.0}})
+    alike = Episodes(build(draw("tabular", 3)), [7, 7])
+    alike.train(6, values(2, lr=torch.tensor([2e-3, 1e-2]), weight_decay=0.1))
+    alike.train(4, values(2, lr=2e-3, weight_decay=0.3))
+    torch.testing.assert_close(task.observe(["probe_loss"])["probe_loss"], alike.evaluate("val"))
+    assert task.with_steps(20).num_steps(0) == 20 and task.num_steps(0) != 20
+
+
+def test_jel_fit_mends_the_rate_of_a_small_task_and_the_test_split_agrees():
+    task, lines = small_task("regression", 1, lr=1e-5), []
+    quick = FitConfig(updates=4, fewest=4)
+    result = jel.fit(task, budget=8.0, base="unknown", method="random", config=quick, say=lines.append)
+    assert result.card["kept"] != "base" and any("side by side" in line for line in lines)
+    rates = torch.tensor([row["multipliers"]["*"]["lr"] for row in result.schedule["decisions"]]).mean() * 1e-5
+    ends = Episodes(task.task, [1, 1], measure=False)
+    ends.train(task.task.steps, values(2, lr=torch.tensor([1e-5, rates])))
+    base, mended = ends.evaluate("test").tolist()
+    assert mended < 0.9 * base
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-2)
+    jel.Scheduler(optimizer, task.num_steps(0), result.schedule)  # its contract is that of torch's AdamW
+    with pytest.raises(JelError, match="learned at lr 1e-05"):
+        jel.Scheduler(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]), task.num_steps(0), result.schedule)
+
+
+def test_bad_input_of_a_small_task_is_one_clear_line():
+    for make, message in (
+        (lambda: small_task("tables"), "unknown kind of small task 'tables'"),
+        (lambda: small_task("quadratic", lr=0.0), "lr is 0.0"),
+        (lambda: small_task("quadratic").train(0, 1, {}), "call reset first"),
+    ):
+        with pytest.raises(JelError, match=message):
+            make()
+    task = small_task("quadratic")
+    task.reset(0, range(1))
+    with pytest.raises(JelError, match="multiplier for 1-momentum"):
+        task.train(0, 1, {"*": {"1-momentum": 2.0}})
+    with pytest.raises(JelError, match="does not observe grad_norm"):
+        task.observe(["grad_norm"])

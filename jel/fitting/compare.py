@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from jel.knobs import Multipliers
+from jel.knobs import Knob, Multipliers
+from jel.schedule import bounds_of
 from jel.tasks.base import Task
 
 FRESH = 1_000_000  # groups of episodes numbered from here on are the comparison's: no update saw their seeds
@@ -21,16 +22,23 @@ T95 = (math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 
 Rows = list[dict]  # [{"progress": p, "multipliers": {group: {hyperparameter: m}}}, ...]
 
 
-def damped(rows: Rows, power: float) -> Rows:
-    """Every multiplier to this power: 0 is the base, 1 the rows themselves, in between a part of the way."""
+def candidate(way: str, learned: Rows, carry: float, knobs: Sequence[Knob]) -> Rows:
+    """What a way to be compared does: "base", "carried" (learning rates times `carry`, within bounds) or "learned"."""
+
+    def value(group: str, key: str, learned: float) -> float:
+        if way == "base":
+            return 1.0
+        low, high = bounds_of(knobs, group, key) or (0.0, math.inf)
+        return min(max(learned * carry, low), high) if way == "carried" and key == "lr" else learned
+
     return [
         {
             "progress": row["progress"],
             "multipliers": {
-                group: {key: value**power for key, value in of.items()} for group, of in row["multipliers"].items()
+                g: {key: value(g, key, m) for key, m in of.items()} for g, of in row["multipliers"].items()
             },
         }
-        for row in rows
+        for row in learned
     ]
 
 

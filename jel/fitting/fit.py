@@ -18,9 +18,10 @@ from typing import Any
 
 from jel.errors import JelError
 from jel.files import json_bytes
+from jel.fitting.answer import surest
 from jel.fitting.base import Base, as_base, describe_knobs, knobs_for
-from jel.fitting.compare import FRESH, damped, judge, run_side_by_side
-from jel.fitting.plan import WAYS, FitConfig, Plan, Price, make_plan, measure
+from jel.fitting.compare import FRESH, candidate, judge, run_side_by_side
+from jel.fitting.plan import FitConfig, Plan, Price, make_plan, measure
 from jel.fitting.result import FitResult, in_words, progress_line
 from jel.fitting.sparse import EndsOnly
 from jel.fitting.state import StopRequest, load_state, save_state
@@ -150,8 +151,11 @@ def fit(
             # compare
 
             points = [k / config.decisions for k in range(config.decisions)]
-            learned = multiplier_table(trainer.policy, points)
-            ways = [damped(learned, WAYS[name]) for name in plan.ways]
+            if isinstance(trainer, MetaTrainer) and not recipe.compare:
+                learned = surest(trainer, points)
+            else:
+                learned = multiplier_table(trainer.policy, points)
+            ways = [candidate(way, learned, plan.carry(config.carry), knobs) for way in plan.ways]
             while not stop.requested() and len(losses) < plan.check_seeds:
                 t0 = time.perf_counter()
                 found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]
@@ -226,7 +230,8 @@ def _result(
     if kept == "base":
         schedule = constant(1.0)
     else:
-        rows, source = damped(learned, WAYS[kept]), f"jel.fit, {asked['method']}, {kept}"
+        rows = candidate(kept, learned, plan.carry(asked["config"]["carry"]), knobs)
+        source = f"jel.fit, {asked['method']}, {kept}"
         schedule = make_schedule(rows, source, getattr(task, "contract", None), knobs)
     card = {
         "format": "jel-fit-card",

@@ -42,7 +42,7 @@ class FitConfig:
     # the comparison with the base
     check_share: float = 0.5  # of the budget
     check_seeds: int = 3
-    all_ways_from: float = 1 / 8  # of the run: if shorter, only the damped multipliers are compared with the base
+    carry: float = 0.5  # the best rate of a run falls with its length to this power (an assumption)
     shortest_check: float = 1 / 16  # of the run: what is shorter says nothing of its end
     # the recipe
     initial_log_std: float = -0.5
@@ -133,6 +133,10 @@ class Plan:
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
         return cls(**{**record, **{key: tuple(record[key]) for key in ("check_lengths", "ways")}})
 
+    def carry(self, power: float) -> float:
+        """By what learning rates that were learned on these episodes are multiplied for the whole run."""
+        return (self.episode_steps / self.run_steps) ** power
+
     @property
     def search(self) -> float:
         """Cost of the search, in runs."""
@@ -160,7 +164,8 @@ class Plan:
         ]
 
 
-WAYS = {"base": 0.0, "damped": 0.5, "learned": 1.0}  # what can be handed out: the learned multipliers to this power
+# what can be handed out: by comparisons of whole runs, by shorter ones, and where the episodes are whole runs
+WHOLE_RUNS, SHORT, WHOLE_EPISODES = ("base", "carried", "learned"), ("base", "carried"), ("base", "learned")
 
 
 def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fixed_length: bool) -> Plan:
@@ -171,18 +176,15 @@ def make_plan(run_steps: int, budget: float, price: Price, config: FitConfig, fi
     total = budget * run_steps - price.spent
     shortest = max(config.shortest, math.ceil(config.shortest_share * run_steps), config.decisions)
     shortest = run_steps if fixed_length else min(shortest, run_steps)
-    ways = tuple(WAYS)
+    ways = WHOLE_EPISODES if fixed_length else WHOLE_RUNS
     lengths = _check_lengths(run_steps, total, len(ways), price, config, fixed_length)
-    if lengths[-1] < config.all_ways_from * run_steps:
-        ways = ("base", "damped")
+    if lengths[-1] < run_steps:
+        ways = SHORT
         lengths = _check_lengths(run_steps, total, len(ways), price, config, fixed_length)
     check = config.check_seeds * len(ways) * sum(length + price.probe for length in lengths)
     # the search
-    left, looks, most = (
-        total - check,
-        LOOKS * price.probe,
-        lengths[-1],
-    )  # no episode is longer than the runs that decide
+    left, looks = total - check, LOOKS * price.probe
+    most = lengths[-1]  # no episode is longer than the runs that decide
     shortest = min(shortest, most)
     group = config.group if left >= config.fewest * config.group * (shortest + looks) else config.small_group
     paid = left / group  # steps of each of a group's episodes, over all groups

@@ -62,7 +62,9 @@ class FitResult:
             plt.close(figure)
 
     def _note(self) -> str:
-        return {"learned": "", "damped": " (handed out damped)"}.get(self.card["kept"], " (not handed out)")
+        return {"learned": "", "carried": " (handed out carried over to the longer run)"}.get(
+            self.card["kept"], " (not handed out)"
+        )
 
 
 def progress_line(record: dict[str, Any], done: int, updates: int, left: float) -> str:
@@ -97,6 +99,6 @@ def in_words(verdict: Verdict, kept: str, plan: Plan) -> str:
         if verdict.chosen and verdict.gain[1] > 0:
             why = f"for long: a gain of {number(verdict.gain)}, projected to the run's end {number(verdict.at_end)}"
         return f"what was learned does not beat the untouched base {why}, {over}: the schedule is constant(1.0)"
-    what = {"learned": "what was learned", "damped": "half of what was learned (on a log scale)"}[kept]
+    what = {"learned": "what was learned", "carried": "what was learned, carried over to the longer run,"}[kept]
     end = "" if whole else f"; projected to the run's end {number(verdict.at_end)}"
     return f"{what} beats the untouched base {over}: log loss lower by {number(verdict.gain)}{end}"

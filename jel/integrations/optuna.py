@@ -1,5 +1,6 @@
 """Optuna: a schedule as part of a trial.
 
+```python
 def objective(trial):
     schedule = suggest_schedule(trial, points=4)            # Optuna searches the schedule, or
     lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)    # a learned schedule's shape under a rate that it searches:
@@ -7,6 +8,7 @@ def objective(trial):
 
 study.optimize(task_objective(task), n_trials=20)           # on the short episodes of `jel.fit`
 schedule = schedule_of(study.best_trial)
+```
 """
 
 from __future__ import annotations

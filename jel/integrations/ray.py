@@ -1,8 +1,10 @@
 """Ray: episodes on the machines of a cluster. Ray places, restarts and reports; nothing of that is ours.
 
+```python
 task = RayTask(LoopTask(..., workers=1), workers=8)      # `jel.fit(task)` then trains each group's episodes there
 tuner = ray.tune.Tuner(trainable(task), param_space=search_space(), tune_config=...)    # an episode a trial of Tune
 schedule = schedule_of(tuner.fit().get_best_result("probe_loss", "min"))
+```
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Anyone's PyTorch training loop as a task: what `jel.fit` learns a schedule on.
 
+```python
 task = LoopTask(make_model, make_optimizer, train_loader, loss, probe_batches, steps=2000)
 result = jel.fit(task, budget=2.0)
+```
 """
 
 from __future__ import annotations

@@ -1,0 +1,40 @@
+"""What the learning ends with, where it has no groups left to compare its policies by episodes.
+
+Shapes: N episodes, K decisions, A knobs, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from jel.fitting.compare import Rows
+from jel.learn.actor_critic import ActorCriticUpdate
+from jel.learn.meta import MetaTrainer
+from jel.policy import multiplier_table
+
+SHARE = 4  # the best 1 / SHARE of the episodes
+
+
+@torch.no_grad()
+def surest(trainer: MetaTrainer, points: Sequence[float]) -> Rows:
+    """The multipliers at K `points` of progress whose return is highest even if the critic is a little wrong.
+
+    Few episodes leave the critic vague, and following its gradient may then lead to where nothing was tried. So the
+    policy's mean actions stand beside those of the best episodes and the mean of these, and what has the highest
+    lower bound, one standard deviation below the critic's mean, is taken. Costs no episode.
+    """
+    policy, updater = trainer.policy, trainer.updater
+    assert isinstance(updater, ActorCriticUpdate)
+    seen = updater.state_dict()["episodes"]
+    raw, groups, returns = (seen[name] for name in ("raw", "groups", "returns"))
+    better = returns - torch.stack([returns[groups == g].mean() for g in groups])  # than its own group's mean
+    best = raw[better.topk(-(-len(raw) // SHARE)).indices]
+    own = policy(torch.tensor(points)[:, None])[0]
+    candidates = torch.stack([own, best.mean(0), *best])  # (C, K, A)
+    chosen = int(updater.critic.returns(candidates, pessimism=1.0).argmax())
+    if chosen == 0:
+        return multiplier_table(policy, points)
+    rows = zip(points, candidates[chosen])
+    return [{"progress": float(p), "multipliers": policy.actions.multipliers(actions)} for p, actions in rows]
