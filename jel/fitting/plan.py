@@ -58,7 +58,7 @@ class FitConfig:
             policy_lr=self.policy_lr,
             updates=plan.updates,
             compare=sum(plan.updates >= enough for enough in self.compare_from),
-            exploration=Exploration(self.correlation),
+            exploration=Exploration(self.correlation, antithetic=True),  # steadier than without, with so few groups
             episodes=plan.group,
             decision_interval=plan.interval,
         )
