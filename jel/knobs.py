@@ -137,7 +137,7 @@ def apply_multipliers(
 
 
 def _base_name(group: Mapping[str, Any], values: Mapping[str, Any], key: str) -> str | None:
-    """The base's name of what a multiplier is for ("momentum" is an AdamW group's beta1); None: it has no such thing."""
+    """The base's name of what a multiplier is for: "momentum" is an AdamW group's beta1. None: it has no such thing."""
     name = key.removeprefix(FROM_ONE)
     if name in values:
         return name

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from jel.errors import JelError
+from jel.policy_lstm import load_lhopt_policy, save_lhopt_policy
 from jel.tasks.small.bank import BankTask, load_bank, worth_learning
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
+from nanochat.checkpoint import load_checkpoint
 from nanochat.common import UserError, base_dir, print0, run_main
 from scripts.ablate.__main__ import run
-from scripts.lhopt.evaluate import HELD_OUT_SEEDS, STARTS, Results, controlled, policy_path
+from scripts.lhopt.evaluate import STARTS, Results, controlled
 from scripts.lhopt.ship import CHOICE_SEEDS
 from scripts.lhopt.tables import bootstrap_interval
 from scripts.lhopt.train import bank_folder
@@ -31,11 +34,15 @@ from scripts.runs import run_folder
 
 @dataclass(frozen=True)
 class Row:
-    """What is changed: flags of `scripts.lhopt.train`; `guard`: whether it is scored with its best weights kept."""
+    """What is changed: flags of `scripts.lhopt.train`.
+
+    `guard`: whether it is scored with its best weights kept; `last`: whether its last actor is, not the averaged one.
+    """
 
     what: str
     flags: tuple[str, ...] = ()
     guard: bool = True
+    last: bool = False
 
 
 ROWS = {
@@ -45,7 +52,7 @@ ROWS = {
     "no-recurrence": Row("a layer in the place of the LSTM", ("--no-recurrence",)),
     "no-privileged": Row("the value function sees what the policy sees", ("--no-privileged",)),
     "no-critic": Row("no value function: the group's mean return", ("--no-critic",)),
-    "no-polyak": Row("the last actor instead of the averaged one", ("--polyak", "0")),
+    "no-average": Row("the recipe's last actor instead of the averaged one", last=True),
     "no-entropy": Row("no entropy bonus", ("--entropy-coef", "0")),
     "lr-only": Row("one knob: the rate", ("--knobs", "lr")),
     "fixed-starts": Row("every training episode starts from the defaults", ("--fixed-starts",)),
@@ -72,21 +79,33 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
-def train(name: str, updates: int, seed: int) -> str:
-    """The tag of the row's policy of this seed, which is there when this returns."""
-    tag = f"lhopt/ablate/{name}-u{updates}-s{seed}"
+def train(name: str, updates: int, seed: int) -> Path:
+    """The path of the row's policy of this seed, which is there when this returns."""
+    tag = f"lhopt/ablate/{'full' if ROWS[name].last else name}-u{updates}-s{seed}"
     if not (run_folder(tag) / "result.json").exists():
         command = ["scripts.lhopt.train", "--updates", str(updates), "--seed", str(seed), *ROWS[name].flags]
         if not run([*command, "--model-tag", tag], run_folder(tag)):
             raise UserError("stopped; run the same command again to go on")
-    return tag
+    averaged = run_folder(tag) / "policy"
+    return last_actor(averaged) if ROWS[name].last else averaged
 
 
-def scores(results: Results, tag: str, guard: bool, tasks: list[BankTask]) -> Tensor:
+def last_actor(averaged: Path) -> Path:
+    """The actor of the newest checkpoint, saved beside the averaged one."""
+    policy, card = load_lhopt_policy(averaged)
+    found = load_checkpoint(averaged.parent / "checkpoints")
+    if found is None or found[0] != card["training"]["updates_done"]:
+        raise UserError(f"{averaged.parent} has no checkpoint of its last update; give --updates a multiple of 20")
+    policy.load_state_dict(found[1]["ppo"]["policy"])
+    save_lhopt_policy(policy, path := averaged.parent / "last", card["training"], decisions=card["decisions"])
+    return path
+
+
+def scores(results: Results, path: Path, guard: bool, tasks: list[BankTask]) -> Tensor:
     """Scores (2 N, R) from both kinds of start."""
     rows = []
     for starts in STARTS:
-        key, compute = controlled(policy_path(tag), "mean", starts, guard)
+        key, compute = controlled(path, "mean", starts, guard)
         rows += [t.paired_score(results.row(key, t, lambda t=t, c=compute: c(t))) for t in tasks]
     return torch.stack(rows)
 
@@ -107,14 +126,15 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     results = Results(base_dir() / "lhopt" / "results")
     fresh = worth_learning(load_bank(TRAINING, CHOICE_SEEDS, bank_folder()))
-    held_out = load_bank(HELD_OUT, HELD_OUT_SEEDS, bank_folder())
+    held_out = load_bank(HELD_OUT, (0, 1), bank_folder())
     print0(f"{args.updates} updates a policy, seeds {args.seeds}; {len(fresh)} fresh tasks, {len(held_out)} held out")
     lines = ["| | fresh tasks | minus the recipe | held-out kinds | minus the recipe |", "|---|---|---|---|---|"]
     full: list[Tensor | None] = [None, None]
     for name in args.names:
-        tags = [train(name, args.updates, seed) for seed in args.seeds]
+        paths = [train(name, args.updates, seed) for seed in args.seeds]
         found = [
-            torch.stack([scores(results, tag, ROWS[name].guard, tasks) for tag in tags]) for tasks in (fresh, held_out)
+            torch.stack([scores(results, path, ROWS[name].guard, tasks) for path in paths])
+            for tasks in (fresh, held_out)
         ]
         cells = [text for x, against in zip(found, full) for text in cell(x, against)]
         if name == "full":

@@ -2,8 +2,9 @@
 
     python -m scripts.lhopt.ship --policies lhopt/tiny-s42 lhopt/tiny-s43 --out jel/policies/lhopt
 
-The choice is by mean score on fresh tasks of the kinds trained on (seeds 100 and 101 of each), from both kinds of start;
-the held-out kinds choose nothing. The card gets the chosen policy's results on the held-out kinds, and where it fails.
+The choice is by mean score on fresh tasks of the kinds trained on (seeds 100 and 101 of each), from both kinds of
+start; the held-out kinds choose nothing. The card gets the chosen policy's results on the held-out kinds, and where it
+fails.
 """
 
 from __future__ import annotations

@@ -81,9 +81,6 @@ def flags() -> argparse.ArgumentParser:
     flag("--reward", choices=REWARDS, default="score", help="normalised score, or log speed-up over the averaged actor")
     flag("--policy-lr", type=float, default=1e-3)
     flag("--entropy-coef", type=float, default=0.01)
-    flag(
-        "--polyak", type=float, default=PPOConfig.polyak, help="what the averaged actor keeps at an update; 0: nothing"
-    )
     flag("--no-critic", action="store_true", help="ablation: the group's mean return in the place of a value function")
     flag("--no-privileged", action="store_true", help="ablation: the value function sees what the policy sees")
     flag(
@@ -108,9 +105,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.model_tag = args.model_tag or f"lhopt/{args.preset}-s{args.seed}"
     most = (1, LARGEST)
     whole = ["updates", "save_every", "workers", "tasks_per_kind", "hidden", "groups", "episodes", "decisions"]
-    check_numbers(
-        args, {most: whole, (0, 8): ["registers"], (0, LARGEST): ["policy_lr", "entropy_coef"], (0, 1): ["polyak"]}
-    )
+    check_numbers(args, {most: whole, (0, 8): ["registers"], (0, LARGEST): ["policy_lr", "entropy_coef"]})
     return args
 
 
@@ -126,7 +121,6 @@ def make_recipe(args: argparse.Namespace) -> LhoptRecipe:
     ppo = PPOConfig(
         lr=args.policy_lr,
         entropy_coef=args.entropy_coef,
-        polyak=args.polyak,
         critic=not args.no_critic,
         privileged=not args.no_privileged,
     )
