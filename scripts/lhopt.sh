@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LHOPT from nothing: bank, three policies, the shipped one, tables and figures. Stopped and started again, it goes on.
-#   bash scripts/lhopt.sh                           what docs/lhopt.md reports: about 80 minutes of one idle core
-#   SEEDS=42 ABLATE=0 TINY=0 bash scripts/lhopt.sh   one policy and its tables: about 20 minutes
+#   bash scripts/lhopt.sh                           three policies: about 70 minutes of one idle core
+#   SEEDS=42 bash scripts/lhopt.sh                  what docs/lhopt.md reports: about 40 minutes
 # TINY=1 also trains nanochat at `tiny` under the policies; the other lines of that table are there if speedrun.sh ran
 # under the same base directory. Results in $NANOCHAT_BASE_DIR/lhopt; nothing in the checkout is changed.
 set -euo pipefail
@@ -11,7 +11,7 @@ SEEDS="${SEEDS:-42 43 44}"
 ABLATE="${ABLATE:-1}"
 TINY="${TINY:-1}"
 OUT="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/lhopt"
-mkdir -p "$OUT"
+mkdir -p "$OUT" && OUT="$(realpath "$OUT")"
 export OMP_NUM_THREADS=1
 policies=()
 for seed in $SEEDS; do

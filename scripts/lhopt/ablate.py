@@ -75,7 +75,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--names", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME")
     flag("--list", action="store_true", help="print the rows, and run nothing")
     flag("--seeds", type=int, nargs="+", default=[42])
-    flag("--updates", type=int, default=60)
+    flag("--updates", type=int, default=40, help="a multiple of 20")
     return parser
 
 

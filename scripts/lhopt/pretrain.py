@@ -44,7 +44,7 @@ def flags() -> argparse.ArgumentParser:
     add_preset_flag(parser)
     parser.add_argument("--policies", nargs="*", default=[], help="tags under runs/, or paths; none: the shipped one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
-    parser.add_argument("--bases", type=int, choices=[1, 2], default=2, help="1: only the base with its warm-down")
+    parser.add_argument("--bases", type=int, choices=[1, 2], default=1, help="1: only the base with its warm-down")
     parser.add_argument("--fixed", action="store_true", help="run fixed multipliers too, every seed of each")
     return parser
 
