@@ -14,12 +14,13 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.hyperparameters import FROM_ONE, copied, has, scaled, write
+from jel.hyperparameters import FROM_ONE, copied, has, scaled, target, write
 
 LARGEST = sys.float_info.max  # an integer may be finite and yet no float
 SCALES = ("log", "logit")
@@ -120,11 +121,12 @@ def apply_multipliers(
     written: list[dict[str, float | Tensor]] = []
     for group, values in zip(param_groups, base, strict=True):
         own = multipliers_of_group(multipliers, group.get("name"))
-        if unknown := {key for key in own if key.removeprefix(FROM_ONE) not in values}:
+        base_names = {key: _base_name(group, values, key) for key in own}
+        if unknown := {key for key, name in base_names.items() if name is None}:
             raise JelError(f"multiplier for {_listed(unknown)}, but the base schedule sets only {_listed(values)}")
         products = {key: copied(value) for key, value in values.items()}  # a group never holds the base itself
         for key, multiplier in own.items():
-            products[key.removeprefix(FROM_ONE)] = scaled(key, values[key.removeprefix(FROM_ONE)], multiplier)
+            products[base_names[key]] = scaled(key, values[base_names[key]], multiplier)  # type: ignore[index]
         written.append(products)
     for group, products in zip(param_groups, written):
         for key, value in products.items():
@@ -132,6 +134,15 @@ def apply_multipliers(
                 write(group, key, value)
             else:
                 group[key] = value
+
+
+def _base_name(group: Mapping[str, Any], values: Mapping[str, Any], key: str) -> str | None:
+    """The base's name of what a multiplier is for: "momentum" is an AdamW group's beta1. None: it has no such thing."""
+    name = key.removeprefix(FROM_ONE)
+    if name in values:
+        return name
+    place = target(group, name)
+    return next((known for known in values if place is not None and target(group, known) == place), None)
 
 
 def validate_multipliers(multipliers: Multipliers, group_names: Collection[str]) -> None:

@@ -4,7 +4,8 @@
     ...; optimizer.step(); scheduler.observe(loss=loss); scheduler.step()
 
 There is no rate to choose: it begins at the values that the optimizer was made with, torch's own defaults as well as
-any (AdamW: 1e-3, 0.9, 0.999, 1e-2). Give it a validation loss when you have one: `scheduler.observe(val_loss=...)`.
+any (AdamW: 1e-3, 0.9, 0.999, 1e-2). Give it a validation loss when you have one: `scheduler.observe(val_loss=...)`, and
+then `guard=jel.ValidationGuard(...)` too: the shipped policy was trained on runs that end with their best weights.
 
 Shapes: A knobs, F features.
 """

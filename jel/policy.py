@@ -173,7 +173,7 @@ def save_policy(policy: GaussianPolicy, path: str | Path, card: dict) -> None:
 
     Raises `JelError`, and leaves what is there, if a weight is not finite or the files cannot be written.
     """
-    if not _all_finite(policy.state_dict()):
+    if not all_finite(policy.state_dict()):
         raise JelError(f"policy not saved to {path}: its weights are not finite; its training has diverged")
     whole = {"format": FORMAT, "version": VERSION, **policy.architecture(), "sha256": policy_digest(policy)}
     if policy.observes == {"progress"}:
@@ -205,18 +205,26 @@ def load_policy(path: str | Path) -> tuple[GaussianPolicy, dict]:
         raise JelError(f"policy card {card_path}: {e}") from None
     if files_digest(data, policy.architecture()) != card.get("sha256"):
         raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as e:  # whatever a parser of foreign bytes may raise
-        raise JelError(f"policy {weights_path} is not a safetensors file ({e})") from None
-    layout = lambda state: {name: (t.dtype, t.shape) for name, t in state.items()}
-    if layout(tensors) != layout(policy.state_dict()):
-        raise JelError(f"policy {weights_path} holds other tensors than its card's sizes ask for")
-    if not _all_finite(tensors):
-        raise JelError(f"policy {weights_path} holds weights that are not finite")
-    policy.load_state_dict(tensors)
+    load_weights(policy, data, weights_path)
     return policy, card
 
 
-def _all_finite(state: dict[str, Tensor]) -> bool:
+def load_weights(policy: nn.Module, data: bytes, path: Path) -> None:
+    """Put the tensors of a weights file, read from `path`, into a policy of its card's sizes.
+
+    Raises `JelError` in one line for bytes that are no safetensors file, other tensors, or weights that are not finite.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as e:  # whatever a parser of foreign bytes may raise
+        raise JelError(f"policy {path} is not a safetensors file ({e})") from None
+    layout = lambda state: {name: (t.dtype, t.shape) for name, t in state.items()}
+    if layout(tensors) != layout(policy.state_dict()):
+        raise JelError(f"policy {path} holds other tensors than its card's sizes ask for")
+    if not all_finite(tensors):
+        raise JelError(f"policy {path} holds weights that are not finite")
+    policy.load_state_dict(tensors)
+
+
+def all_finite(state: dict[str, Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in state.values())

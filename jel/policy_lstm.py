@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jel.actions import RelativeSteps, Restart, StepKnob
 from jel.errors import JelError
 from jel.files import json_bytes, read_bytes, read_json, write_files
-from jel.policy import files_digest, policy_files
+from jel.policy import all_finite, files_digest, load_weights, policy_files
 from jel.unitless import END_WEIGHTS, feature_names, new_memory
 
 FORMAT, VERSION = "lhopt-policy", 1
@@ -236,7 +236,7 @@ def save_lhopt_policy(policy: LstmPolicy, path: str | Path, card: dict, **top: o
     Raises `JelError`, and leaves what is there, if a weight is not finite or the files cannot be written.
     """
     state = policy.state_dict()
-    if not all(bool(t.isfinite().all()) for t in state.values()):
+    if not all_finite(state):
         raise JelError(f"policy not saved to {path}: its weights are not finite; its training has diverged")
     weights = safetensors.torch.save(state)
     shape = policy.architecture()
@@ -275,14 +275,5 @@ def load_lhopt_policy(path: str | Path | None = None) -> tuple[LstmPolicy, dict]
         raise JelError(f"policy card {card_path}: {e}") from None
     if files_digest(data, policy.architecture()) != card.get("sha256"):
         raise JelError(f"policy {weights_path} does not match the sha256 on its card: damaged, or from another save")
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as e:  # whatever a parser of foreign bytes may raise
-        raise JelError(f"policy {weights_path} is not a safetensors file ({e})") from None
-    layout = lambda state: {name: (t.dtype, t.shape) for name, t in state.items()}
-    if layout(tensors) != layout(policy.state_dict()):
-        raise JelError(f"policy {weights_path} holds other tensors than its card's sizes ask for")
-    if not all(bool(t.isfinite().all()) for t in tensors.values()):
-        raise JelError(f"policy {weights_path} holds weights that are not finite")
-    policy.load_state_dict(tensors)
+    load_weights(policy, data, weights_path)
     return policy.requires_grad_(False), card

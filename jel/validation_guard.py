@@ -1,7 +1,7 @@
 """The best weights on validation are kept; a run that leaves them far behind goes back to them. For any controller.
 
 ```python
-guard = jel.ValidationGuard(save=lambda: copy.deepcopy(model.state_dict()), load=model.load_state_dict)
+guard = jel.ValidationGuard.of(model)     # or ValidationGuard(save=..., load=...)
 scheduler = jel.Scheduler(optimizer, total_steps, "lhopt", guard=guard)
 ...; scheduler.observe(loss=loss, val_loss=...)
 guard.load_best()                                   # at the end
@@ -10,11 +10,12 @@ guard.load_best()                                   # at the end
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from jel.guard import Guard
 
@@ -42,6 +43,11 @@ class ValidationGuard(Guard):
     ):
         super().__init__(margin=margin, patience=patience, every=every)
         self.snapshot(save, load)
+
+    @classmethod
+    def of(cls, model: nn.Module, **limits: Any) -> ValidationGuard:
+        """Keeps a model's parameters and buffers; `limits`: margin, patience, every."""
+        return cls(lambda: copy.deepcopy(model.state_dict()), model.load_state_dict, **limits)
 
     def start(self, total_steps: int, recorded: Sequence[tuple[float, float]]) -> None:
         super().start(total_steps, recorded)

@@ -338,8 +338,8 @@ class GPT(nn.Module):
         """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks, one group per shape.
 
         The rates of the embeddings and the head are scaled by (width / 768)^-0.5; `weight_decay` is Muon's. Each group
-        has a `name`, a `kind` ("adamw" or "muon"), and its lr, weight decay and momentum (AdamW's beta1) again as
-        `initial_lr`, `initial_wd` and `initial_momentum`.
+        has a `name`, a `kind` ("adamw" or "muon"), and its lr, weight decay, momentum (AdamW's beta1) and beta2 again
+        as `initial_lr`, `initial_wd`, `initial_momentum` and `initial_beta2`.
         """
         scale = (self.config.n_embd / 768) ** -0.5
         adamw = {"kind": "adamw", "betas": adam_betas, "eps": 1e-10, "weight_decay": 0.0}
@@ -372,7 +372,9 @@ class GPT(nn.Module):
             )
         for group in groups:
             group["initial_lr"], group["initial_wd"] = group["lr"], group["weight_decay"]
-            group["initial_momentum"] = group["momentum"] if group["kind"] == "muon" else group["betas"][0]
+            of_muon = group["kind"] == "muon"
+            group["initial_momentum"] = group["momentum"] if of_muon else group["betas"][0]
+            group["initial_beta2"] = group["beta2"] if of_muon else group["betas"][1]
         covered, total = sum(p.numel() for g in groups for p in g["params"]), sum(p.numel() for p in self.parameters())
         assert covered == total, f"the groups hold {covered} of {total} parameters"
         return MuonAdamW(groups, rank=rank, world_size=world_size)

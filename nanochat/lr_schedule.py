@@ -36,7 +36,7 @@ def base_hparams(
     final_lr_frac: float,
     final_wd_frac: float,
 ) -> list[dict]:
-    """`{"lr", "weight_decay", "momentum"}` per param group at this step, from its `initial_lr` and the like.
+    """`{"lr", "weight_decay", "momentum", "beta2"}` per param group at this step, from its `initial_lr` and the like.
 
     The momentum of a group of kind "muon" has a schedule of its own; AdamW's is its beta1, and stays as it is. Nothing
     is written: that is the hook's part.
@@ -51,5 +51,7 @@ def base_hparams(
             base["momentum"] = momentum
         elif "initial_momentum" in g:
             base["momentum"] = g["initial_momentum"]
+        if "initial_beta2" in g:
+            base["beta2"] = g["initial_beta2"]
         bases.append(base)
     return bases

@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
 # LHOPT from nothing: bank, three policies, the shipped one, tables and figures. Stopped and started again, it goes on.
-#   bash scripts/lhopt.sh                          three policies: about 45 minutes of one idle core
-#   SEEDS=42 UPDATES=200 bash scripts/lhopt.sh     the run that the shipped policy comes from
-# Results in $NANOCHAT_BASE_DIR/lhopt; nothing in the checkout is changed.
+#   bash scripts/lhopt.sh                           three policies: about 70 minutes of one idle core
+#   SEEDS=42 bash scripts/lhopt.sh                  what docs/lhopt.md reports: about 40 minutes
+# TINY=1 also trains nanochat at `tiny` under the policies; the other lines of that table are there if speedrun.sh ran
+# under the same base directory. Results in $NANOCHAT_BASE_DIR/lhopt; nothing in the checkout is changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}"
 SEEDS="${SEEDS:-42 43 44}"
-UPDATES="${UPDATES:-600}"
+ABLATE="${ABLATE:-1}"
+TINY="${TINY:-1}"
 OUT="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/lhopt"
-mkdir -p "$OUT"
+mkdir -p "$OUT" && OUT="$(realpath "$OUT")"
 export OMP_NUM_THREADS=1
 policies=()
 for seed in $SEEDS; do
-  "$PYTHON" -m scripts.meta_train --recipe lhopt --seed "$seed" --updates "$UPDATES"
+  "$PYTHON" -m scripts.meta_train --recipe lhopt --seed "$seed"
   policies+=("lhopt/tiny-s$seed")
 done
+"$PYTHON" -m scripts.lhopt.ship --policies "${policies[@]}" --out "$OUT/shipped" | tee "$OUT/choice.txt"
 "$PYTHON" -m scripts.lhopt.evaluate --policies "${policies[@]}" | tee "$OUT/held_out.txt"
-"$PYTHON" -m scripts.lhopt.replay --policy "${policies[0]}" | tee "$OUT/replay.txt"
-"$PYTHON" -m scripts.lhopt.ship --policies "${policies[@]}" --out "$OUT/shipped"
+"$PYTHON" -m scripts.lhopt.replay --policy "$OUT/shipped" | tee "$OUT/replay.txt"
 "$PYTHON" -m scripts.lhopt.figures --policies "${policies[@]}"
+if [ "$TINY" = 1 ]; then
+  "$PYTHON" -m scripts.tok_train --preset tiny
+  "$PYTHON" -m scripts.lhopt.pretrain --preset tiny --policies "${policies[@]}" | tee "$OUT/pretrain_tiny.txt"
+fi
+if [ "$ABLATE" = 1 ]; then
+  "$PYTHON" -m scripts.lhopt.ablate | tee "$OUT/ablation.txt"
+fi
 echo "done: $OUT"

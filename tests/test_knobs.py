@@ -231,3 +231,14 @@ def test_a_multiplier_of_momentum_acts_on_its_distance_from_one():
     assert groups[0]["betas"][0].tolist() == pytest.approx([0.8, 0.8])
     with pytest.raises(JelError, match="the base schedule sets only momentum"):
         apply_multipliers(groups, base, {"*": {"1-eps": 2.0}})
+
+
+def test_two_names_of_one_hyperparameter_find_the_base():
+    """The base knows an AdamW group's beta1 as its momentum; a multiplier may call it either."""
+    base = {"lr": 0.1, "momentum": 0.8, "beta2": 0.95}
+    for name in ("1-beta1", "1-momentum"):
+        group = {"name": "a", "lr": 9.0, "betas": (0.5, 0.5)}
+        apply_multipliers([group], [base], {"*": {name: 2.0, "1-beta2": 0.5, "lr": 3.0}})
+        assert group["lr"] == pytest.approx(0.3) and group["betas"] == pytest.approx((0.6, 0.975))
+    with pytest.raises(JelError, match="base schedule sets only"):
+        apply_multipliers([{"name": "a", "lr": 9.0, "betas": (0.5, 0.5)}], [{"lr": 0.1}], {"*": {"1-beta1": 2.0}})

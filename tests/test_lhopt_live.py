@@ -351,3 +351,17 @@ def test_a_run_that_leaves_its_best_behind_goes_back_to_it(how, capsys):
     loop.train(range(120, 126))
     assert set(loop.rates[-6:]) == {1e-3}
     assert float(loop.controller._values[0]) == pytest.approx(1e-3)  # and the policy knows
+
+
+def test_a_guard_of_a_model_keeps_parameters_and_buffers():
+    model = nn.BatchNorm1d(2)
+    guard = jel.ValidationGuard.of(model, patience=5)
+    guard.start(10, ())
+    guard.validated(1, 1.0)
+    best = {k: t.clone() for k, t in model.state_dict().items()}
+    with torch.no_grad():
+        model.weight.add_(1)
+        model.running_mean.sub_(1)
+    guard.validated(2, 1.2)
+    assert not same(model, best)
+    assert guard.load_best() == 1 and same(model, best) and guard.patience == 5

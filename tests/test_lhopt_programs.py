@@ -12,7 +12,7 @@ from jel.tasks.small.bank import SEEDS, SETTINGS, BankTask
 from jel.tasks.small.kinds import draw
 from nanochat.common import UserError
 from nanochat.preemption import REQUEUE_EXIT_CODE
-from scripts.lhopt import evaluate, replay, rivals, tables, train
+from scripts.lhopt import ablate, evaluate, pretrain, replay, rivals, tables, train
 
 LOSSES = torch.linspace(1, 0.5, len(SETTINGS))[:, None].expand(-1, len(SEEDS))
 
@@ -24,7 +24,7 @@ def tiny_tasks():
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(train, "training_tasks", lambda args: tiny_tasks())
+    monkeypatch.setattr(train, "training_tasks", lambda args, compute: tiny_tasks())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     threads = torch.get_num_threads()
     yield tmp_path
@@ -111,3 +111,63 @@ def test_a_replayed_schedule_is_live_control_when_alone():
 def test_a_missing_policy_is_one_clear_line(base):
     with pytest.raises((UserError, JelError), match="no policy"):
         evaluate.policy_path("lhopt/none")
+
+
+def test_a_fixed_setting_with_the_guard_is_never_worse_on_validation():
+    """With a rate that blows up, what is kept is a start; with one that does not, the end."""
+    task = tiny_tasks()[1]
+    wild = rivals.fixed((1e3, "constant", 1e-2), guard=True)(task, SEEDS[:2])
+    plain = rivals.fixed((1e3, "constant", 1e-2))(task, SEEDS[:2])
+    assert wild.isfinite().all() and (plain.nan_to_num(math.inf) > wild).all()
+    calm = [rivals.fixed((1e-3, "constant", 1e-2), guard)(task, SEEDS[:2]) for guard in (True, False)]
+    torch.testing.assert_close(*calm, atol=1e-5, rtol=1e-4)
+
+
+def test_the_table_of_pretraining_compares_seed_by_seed():
+    ours, theirs = {s: 2.0 + s for s in range(5)}, {s: 2.5 + s for s in range(5)}
+    text = pretrain.table({"LHOPT": ours, pretrain.AGAINST: theirs})
+    assert "| LHOPT | 4.0000" in text and "-0.5000 (-0.5000, -0.5000)" in text
+
+
+def test_a_policy_turns_every_group_of_nanochat(base):
+    from jel.knobs import apply_multipliers
+    from jel.lhopt import LhoptController
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.lr_schedule import base_hparams
+
+    model = GPT(GPTConfig.from_depth(2, 16, 16, sequence_len=16, vocab_size=64))
+    model.init_weights()
+    optimizer = model.setup_optimizer()
+    for group in optimizer.param_groups:
+        group["initial_lr"], group["initial_wd"] = 1e-3, 1e-2
+    controller = LhoptController(load_lhopt_policy()[0])
+    controller.attach(optimizer)
+    multipliers = controller.decide({"progress": 0.0})
+    bases = base_hparams(optimizer.param_groups, 0, 10, 0.0, 0.0, 0.0, 0.0)
+    apply_multipliers(optimizer.param_groups, bases, multipliers)
+    for group, base_values in zip(optimizer.param_groups, bases):
+        momentum, beta2 = (group["momentum"], group["beta2"]) if group["kind"] == "muon" else group["betas"]
+        assert (
+            group["lr"] != base_values["lr"] and momentum != base_values["momentum"] and beta2 != base_values["beta2"]
+        )
+
+
+def test_every_row_of_the_ablation_is_a_recipe():
+    for row in ablate.ROWS.values():
+        train.make_recipe(train.parse(list(row.flags))).policy(0)
+
+
+@pytest.mark.slow
+def test_two_ranks_end_with_the_policy_of_one(tmp_path):
+    """Under torchrun with gloo: the same bytes."""
+    import os
+    import subprocess
+    import sys
+
+    command = ["-m", "scripts.meta_train", "--recipe", "lhopt", "--preset", "smoke", "--hidden", "8"]
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for start, tag in (([sys.executable], "lhopt/one"), (launch, "lhopt/two")):
+        subprocess.run([*start, *command, "--model-tag", tag], check=True, env=environment)
+    one, two = ((tmp_path / "runs/lhopt" / tag / "policy.safetensors").read_bytes() for tag in ("one", "two"))
+    assert one == two

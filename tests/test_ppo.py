@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jel.errors import JelError
-from jel.learn.control import Registers, Trajectories, boundaries, run
+from jel.learn.control import Best, Registers, Trajectories, boundaries, run
 from jel.learn.control_meta import Episode
 from jel.learn.ppo import gae, group_baseline
 from jel.learn.speedup import fit_power_law, last_points, log_speedup
@@ -81,6 +81,37 @@ def test_hidden_validation_is_not_seen():
     names = policy.features
     assert (seen[..., names.index("val_unknown")] == 1).all()
     assert (seen[..., [i for i, name in enumerate(names) if "val_fall" in name or "val_drop" in name]] == 0).all()
+
+
+def test_the_best_weights_on_validation_are_kept_for_each_episode():
+    best = Best(3)
+    vals = torch.tensor([[2.0, 2.0, math.nan], [1.0, 3.0, 5.0], [1.5, math.nan, math.inf], [math.nan, 2.0, 4.0]])
+    for k, val in enumerate(vals):
+        best.see(torch.full((3, 2), float(k)), val)
+    assert best.flat[:, 0].tolist() == [1.0, 0.0, 3.0]  # the first of equals; what is not finite is never the best
+    assert best.val.tolist() == [1.0, 2.0, 4.0]
+
+
+def test_keeping_the_best_changes_how_a_run_ends_and_nothing_else():
+    task, policy = some_tasks()[1], recipe().policy(0)
+    starts = torch.tensor(DEFAULTS).repeat(6, 1) * torch.tensor([1.0, 10.0, 100.0, 300.0, 1000.0, 1e6])[:, None]
+    plain, kept = (run(policy, task, range(6), starts, 4, keep_best=keep) for keep in (False, True))
+    torch.testing.assert_close(plain.val, kept.val, equal_nan=True)
+    torch.testing.assert_close(plain.features, kept.features, equal_nan=True)
+    at_end = plain.val[-1] < plain.val[:-1].nan_to_num(math.inf).amin(0)
+    assert at_end.any() and not at_end.all()
+    assert torch.equal(plain.final[at_end], kept.final[at_end])
+    assert (plain.final != kept.final)[~at_end].all()
+
+
+def test_ranks_share_the_groups_and_put_them_back_in_order(monkeypatch):
+    made = LhoptRecipe(hidden=8, updates=1, episode=Episode(groups=5))
+    ranks = [made.trainer(some_tasks(), 0, 1, rank, 2) for rank in range(2)]
+    parts = [list(range(5))[rank::2] for rank in range(2)]
+    gather = lambda out, mine: out.__setitem__(slice(None), parts)
+    monkeypatch.setattr("jel.learn.control_meta.dist.all_gather_object", gather)
+    for rank, trainer in enumerate(ranks):
+        assert trainer._from_all_ranks(parts[rank]) == list(range(5))
 
 
 def states_equal(a, b):

@@ -65,6 +65,7 @@ def run(
     deterministic: Tensor | None = None,
     averaged: LstmPolicy | None = None,
     hide_val: bool = False,
+    keep_best: bool = False,
     task_index: int = 0,
     n_tasks: int = 1,
 ) -> Trajectories:
@@ -72,7 +73,8 @@ def run(
 
     `averaged` acts, without drawing, in those episodes where `deterministic` (E,) is True. Knobs are found by their
     hyperparameter's name; hyperparameters that no knob turns stay at their start. `hide_val`: the controller is not
-    shown the validation loss.
+    shown the validation loss. `keep_best`: a run ends with the weights that had the best validation loss at a decision
+    or at the end, as under `jel.ValidationGuard`.
     """
     e, small = len(seeds), task.task
     episodes = Episodes(small, seeds)
@@ -85,11 +87,13 @@ def run(
     record: dict[str, list[Tensor]] = {
         name: [] for name in ("features", "choices", "log_probs", "privileged", "values")
     }
-    curve = []
+    curve: list[Tensor] = []
+    best = Best(e)
     registers = Registers(policy.restart.registers, e)
     for k, (first, after) in enumerate(zip(edges, edges[1:])):
         val = episodes.evaluate("val")
         curve.append(val)
+        best.see(episodes.flat, val)
         features, memory = observe(
             memory,
             progress=torch.tensor(first / small.steps),
@@ -124,6 +128,9 @@ def run(
             registers.act(policy, episodes, register, val, k / decisions)
         episodes.train(after - first, values)
     curve.append(episodes.evaluate("val"))
+    if keep_best:
+        best.see(episodes.flat, curve[-1])
+        episodes.flat = best.flat
     final = episodes.evaluate("test")
     stacked = {name: torch.stack(rows) for name, rows in record.items()}
     return Trajectories(**stacked, val=torch.stack(curve), final=final, score=task.score(final))
@@ -158,6 +165,18 @@ def random_starts(seeds: int, generator: torch.Generator, noise: Sequence[tuple[
     low, high = (torch.tensor(x).log() for x in zip(*noise))
     factor = (low + (high - low) * torch.rand(seeds, len(noise), generator=generator)).exp()
     return torch.tensor(DEFAULTS) * factor
+
+
+class Best:
+    """The weights (E, P) at the best validation loss so far."""
+
+    def __init__(self, e: int):
+        self.val, self.flat = torch.full((e,), math.inf), torch.empty(0)
+
+    def see(self, flat: Tensor, val: Tensor) -> None:
+        better = val < self.val
+        self.val = torch.where(better, val, self.val)
+        self.flat = torch.where(better[:, None], flat, self.flat) if len(self.flat) else flat.clone()
 
 
 class Registers:

@@ -1,7 +1,7 @@
 """The meta-training loop of LHOPT: groups of episodes on tasks of the bank -> PPO.
 
 A group is E episodes of one task, side by side. What a group does depends on (seed, update, number of the group) and
-the policy alone, so groups may run in any number of processes: the result is the same, bit for bit.
+the policy alone, so groups may run in any number of processes and ranks: the result is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from jel.learn.control import Trajectories, random_starts, run
@@ -32,10 +33,11 @@ class Episode:
 
     decisions: int = 20
     groups: int = 4  # a group is one task
-    episodes: int = 16  # side by side
+    episodes: int = 32  # side by side: twice as many as 16 cost a third more
     noise: tuple[tuple[float, float], ...] = ((1e-2, 1e2), (0.1, 10.0), (0.1, 10.0), (0.1, 10.0))
     default_starts: float = 0.25  # the share of episodes that start from the default hyperparameters
-    hidden_val: float = 0.1  # the share of groups whose policy is not shown the validation loss
+    hidden_val: float = 0.2  # the share of groups whose policy is not shown the validation loss
+    keep_best: bool = True  # where it is shown, a run ends with its best weights on validation: safety is not learned
     reward: str = "score"
     baseline_episodes: int = 4  # of the averaged actor, for a reward by its curve
 
@@ -69,6 +71,7 @@ def run_group(
     """A group's trajectories, the return of each of its episodes (E,), and the index of its task."""
     index, seeds, starts, hide, generator = job.draw(tasks, e)
     common = {"generator": generator, "hide_val": hide, "task_index": index, "n_tasks": len(tasks)}
+    common["keep_best"] = e.keep_best and not hide
     if e.reward == "score":
         t = run(policy, tasks[index], seeds, starts, e.decisions, **common)  # type: ignore[arg-type]
         return t, t.score, index
@@ -91,7 +94,11 @@ def run_group(
 
 
 class ControlTrainer:
-    """Owns the loop: `update()` runs the groups of one update and learns from them, all or nothing."""
+    """Owns the loop: `update()` runs the groups of one update and learns from them, all or nothing.
+
+    `workers` processes share the groups of this rank. Over several ranks each runs its share, all are given the results
+    of all, and every rank makes the same update for itself.
+    """
 
     def __init__(
         self,
@@ -102,9 +109,11 @@ class ControlTrainer:
         updates: int,
         workers: int = 1,
         lr_factor: Callable[[float], float] = lambda progress: 1.0,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self.ppo, self.tasks, self.episode, self.seed, self.updates = ppo, list(tasks), episode, seed, updates
-        self.lr_factor = lr_factor
+        self.lr_factor, self.rank, self.world_size = lr_factor, rank, world_size
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
             self._pool = ProcessPoolExecutor(
@@ -115,7 +124,7 @@ class ControlTrainer:
         """One update; returns the record for the log."""
         start, n = time.perf_counter(), self.ppo.updates
         jobs = [Job(self.seed, n, g) for g in range(self.episode.groups)]
-        results = list(self._results(jobs))
+        results = self._from_all_ranks(list(self._results(jobs[self.rank :: self.world_size])))
         collected = time.perf_counter()
         joined = Trajectories.join([t for t, _, _ in results])
         returns = torch.cat([r for _, r, _ in results])
@@ -138,6 +147,14 @@ class ControlTrainer:
         if self._pool is None:
             return (run_group(job, self.ppo.policy, averaged, self.tasks, self.episode) for job in jobs)
         return self._pool.map(_run_in_worker, [(job, self.ppo.policy, averaged) for job in jobs])
+
+    def _from_all_ranks(self, mine: list) -> list:
+        """Every rank's results in the order of the jobs, which were dealt out in turn."""
+        if self.world_size == 1:
+            return mine
+        parts: list[list] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, mine)
+        return [parts[g % self.world_size][g // self.world_size] for g in range(self.episode.groups)]
 
     def close(self) -> None:
         if self._pool is not None:

@@ -54,7 +54,7 @@ class PPOConfig:
     entropy_coef: float = 0.01
     value_coef: float = 0.5
     epochs: int = 4
-    minibatches: int = 2
+    minibatches: int = 4
     gamma: float = 1.0
     lam: float = 0.95
     max_grad_norm: float = 5.0

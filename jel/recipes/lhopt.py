@@ -39,7 +39,7 @@ class LhoptRecipe:
     hidden: int = 64
     registers: int = 0
     recurrent: bool = True
-    updates: int = 600
+    updates: int = 300
     lr_schedule: str = "linear"  # of PPO's rate, or "constant"
     episode: Episode = field(default_factory=Episode)
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -55,10 +55,12 @@ class LhoptRecipe:
     def policy(self, seed: int) -> LstmPolicy:
         return LstmPolicy(self.step_knobs(), self.end_weights, self.hidden, self.registers, self.recurrent, seed)
 
-    def trainer(self, tasks: Sequence[BankTask], seed: int, workers: int = 1) -> ControlTrainer:
+    def trainer(
+        self, tasks: Sequence[BankTask], seed: int, workers: int = 1, rank: int = 0, world_size: int = 1
+    ) -> ControlTrainer:
         """The whole loop over these tasks. Raises `JelError` for a reward that is none."""
         if self.episode.reward not in REWARDS:
             raise JelError(f"unknown reward {self.episode.reward!r}; there are {', '.join(REWARDS)}")
         ppo = PPO(self.policy(seed), PRIVILEGED + len(tasks), self.ppo, seed)
         decay = (lambda progress: 1 - progress) if self.lr_schedule == "linear" else (lambda progress: 1.0)
-        return ControlTrainer(ppo, tasks, self.episode, seed, self.updates, workers, decay)
+        return ControlTrainer(ppo, tasks, self.episode, seed, self.updates, workers, decay, rank, world_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from scripts.lhopt.tables import print_tables
 from scripts.lhopt.train import TASKS_PER_KIND, bank_folder
 from scripts.runs import run_folder
 
-HELD_OUT_SEEDS = (0,)  # the task of each held-out kind that stands in the tables
+HELD_OUT_SEEDS = (0, 1)  # the tasks of each held-out kind that stand in the tables
 STARTS = ("default", "random")
 
 
@@ -74,8 +75,11 @@ def policy_path(name: str) -> Path:
     return tagged
 
 
-def controlled(path: Path, mode: str, starts: str) -> tuple[str, Callable[[BankTask], Tensor]]:
-    """Name (which holds the policy's hash) and function of a policy under control: task -> test losses (R,)."""
+def controlled(path: Path, mode: str, starts: str, guard: bool = True) -> tuple[str, Callable[[BankTask], Tensor]]:
+    """Name (which holds the policy's hash) and function of a policy under control: task -> test losses (R,).
+
+    `guard`: a run ends with its best weights on validation.
+    """
     policy, card = load_lhopt_policy(path)
     decisions = int(card["decisions"])
 
@@ -83,9 +87,10 @@ def controlled(path: Path, mode: str, starts: str) -> tuple[str, Callable[[BankT
         e = len(SEEDS)
         at = torch.tensor(DEFAULTS).repeat(e, 1) if starts == "default" else starts_of(task, SEEDS)
         generator = torch.Generator().manual_seed(5) if mode == "sample" else None
-        return run(policy, task, SEEDS, at, decisions, generator=generator, greedy=mode == "greedy").final
+        how = {"generator": generator, "greedy": mode == "greedy", "keep_best": guard}
+        return run(policy, task, SEEDS, at, decisions, **how).final  # type: ignore[arg-type]
 
-    return f"LHOPT {card['sha256'][:12]} {mode} {starts}", compute
+    return f"LHOPT {card['sha256'][:12]} {mode} {starts}" + ", guard" * guard, compute
 
 
 def rows_of(
@@ -126,15 +131,16 @@ def main(argv: list[str] | None = None) -> int:
         setting = best_fixed_setting()
         label = f"AdamW {setting[0]:g} {setting[1]}, decay {setting[2]:g}: best on the training tasks"
         lines.append(rows_of(results, tasks, label, f"fixed {setting}", lambda t: fixed(setting)(t, SEEDS), 1))
+        key, compute = f"fixed {setting}, guard", lambda t: fixed(setting, guard=True)(t, SEEDS)
+        lines.append(rows_of(results, tasks, "the same, with the guard", key, compute, 1))
         for name, (function, price) in RIVALS.items():
             lines.append(rows_of(results, tasks, name, name, lambda t, f=function: f(t, SEEDS), price))
     paths = [policy_path(name) for name in args.policies] or [default_lhopt_path()]
     for path, name in zip(paths, args.policies or ["shipped"]):
-        for starts in STARTS:
-            key, compute = controlled(path, args.mode, starts)
-            lines.append(
-                {**rows_of(results, tasks, f"LHOPT {name}, {starts} start", key, compute, 1), "starts": starts}
-            )
+        for starts, guard in itertools.product(STARTS, (True, False)):
+            key, compute = controlled(path, args.mode, starts, guard)
+            label = f"LHOPT {name}, {starts} start" + ", no guard" * (not guard)
+            lines.append(rows_of(results, tasks, label, key, compute, 1))
     print_tables(tasks, lines)
     return 0
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.learn.control import random_starts
+from jel.learn.control import Best, boundaries, random_starts
+from jel.lhopt import DECISIONS
 from jel.tasks.small.bank import RATES, SCHEDULES, SETTINGS, BankTask, run_schedule
 from jel.tasks.small.episodes import DEFAULTS, Episodes, SmallTask
 
@@ -34,14 +35,32 @@ def no_control_random(task: BankTask, seeds: Sequence[int]) -> Tensor:
     return episodes.evaluate("test")
 
 
-def fixed(setting: tuple) -> Callable[[BankTask, Sequence[int]], Tensor]:
-    """One AdamW setting (rate, schedule, decay), the same on every task."""
+def fixed(setting: tuple, guard: bool = False) -> Callable[[BankTask, Sequence[int]], Tensor]:
+    """One AdamW setting (rate, schedule, decay), the same on every task.
+
+    `guard`: a run ends with its best weights on validation, read as often as a policy reads it.
+    """
     rate, name, decay = setting
 
     def run(task: BankTask, seeds: Sequence[int]) -> Tensor:
         steps = task.task.steps
         shape = torch.tensor([rate * SCHEDULES[name](t / steps) for t in range(steps)])
-        return run_schedule(task.task, seeds, shape[:, None].expand(-1, len(seeds)), torch.full((len(seeds),), decay))
+        if not guard:
+            decays = torch.full((len(seeds),), decay)
+            return run_schedule(task.task, seeds, shape[:, None].expand(-1, len(seeds)), decays)
+        episodes, best, looks = (
+            Episodes(task.task, seeds, measure=False),
+            Best(len(seeds)),
+            boundaries(steps, DECISIONS),
+        )
+        for step in range(steps + 1):
+            if step in looks:
+                best.see(episodes.flat, episodes.evaluate("val"))
+            if step < steps:
+                values = torch.tensor([float(shape[step]), decay, *DEFAULTS[2:]])
+                episodes.train(1, values.expand(len(seeds), -1))
+        episodes.flat = best.flat
+        return episodes.evaluate("test")
 
     return run
 

@@ -1,6 +1,7 @@
 """Meta-train LHOPT: groups of episodes on the small tasks of the bank, PPO after each batch of groups.
 
     python -m scripts.meta_train --recipe lhopt                      38,400 episodes, about 10 minutes of one idle core
+    torchrun --standalone --nproc_per_node 4 -m scripts.meta_train --recipe lhopt    the same policy from 4 processes
     python -m scripts.lhopt.train --preset smoke                     a minute, for tests
     python -m scripts.lhopt.train --no-cdf --model-tag lhopt/no-cdf  an ablation; see --help for the others
 
@@ -11,6 +12,7 @@ checkpoints/, policy.safetensors, policy.json, result.json. Killed and started a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
@@ -24,8 +26,8 @@ from jel.recipes.lhopt import KNOBS, LhoptRecipe
 from jel.tasks.small.bank import BankTask, check_bank, describe, load_bank, worth_learning
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
 from jel.unitless import END_WEIGHTS
-from nanochat.checkpoint import CheckpointWriter, load_checkpoint, untrusted
-from nanochat.common import base_dir, init_compute, print0, run_main
+from nanochat.checkpoint import CheckpointWriter, load_checkpoint_together, untrusted
+from nanochat.common import Compute, base_dir, init_compute, print0, run_main
 from nanochat.preemption import REQUEUE_EXIT_CODE, StopRequest
 from nanochat.run_log import RunLog, Stopwatch, environment_record, format_seconds
 from scripts.runs import LARGEST, check_numbers, check_same_flags, hold, is_finished, resumable_flags, run_folder
@@ -55,7 +57,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--recipe", choices=["lhopt"], default="lhopt", help="taken from scripts.meta_train")
     flag("--preset", choices=list(PRESETS), default="tiny")
     flag("--seed", type=int, default=42)
-    flag("--updates", type=int, default=600)
+    flag("--updates", type=int, default=300)
     flag("--model-tag", default="", help="folder under runs/; default lhopt/<preset>-s<seed>")
     flag("--resume", choices=["auto", "none"], default="auto")
     flag("--save-every", type=int, default=20, help="updates")
@@ -74,13 +76,16 @@ def flags() -> argparse.ArgumentParser:
     flag("--registers", type=int, default=0, help="checkpoints that the policy may save and load")
     # learning
     flag("--groups", type=int, default=4, help="tasks an update")
-    flag("--episodes", type=int, default=16, help="of a task, side by side")
+    flag("--episodes", type=int, default=32, help="of a task, side by side")
     flag("--decisions", type=int, default=20)
     flag("--reward", choices=REWARDS, default="score", help="normalised score, or log speed-up over the averaged actor")
     flag("--policy-lr", type=float, default=1e-3)
     flag("--entropy-coef", type=float, default=0.01)
     flag("--no-critic", action="store_true", help="ablation: the group's mean return in the place of a value function")
     flag("--no-privileged", action="store_true", help="ablation: the value function sees what the policy sees")
+    flag(
+        "--no-guard", action="store_true", help="ablation: a run ends with its last weights, not its best on validation"
+    )
     flag("--fixed-starts", action="store_true", help="ablation: every episode starts from the defaults")
     return parser
 
@@ -110,6 +115,7 @@ def make_recipe(args: argparse.Namespace) -> LhoptRecipe:
         groups=args.groups,
         episodes=args.episodes,
         reward=args.reward,
+        keep_best=not args.no_guard,
         default_starts=1.0 if args.fixed_starts else Episode.default_starts,
     )
     ppo = PPOConfig(
@@ -135,14 +141,17 @@ def bank_folder() -> Path:
     return base_dir() / "lhopt" / "bank"
 
 
-def training_tasks(args: argparse.Namespace) -> list[BankTask]:
+def training_tasks(args: argparse.Namespace, compute: Compute) -> list[BankTask]:
     """The bank's tasks that are worth learning from; prints what was dropped, and checks that they differ enough."""
     kinds = [kind for kind in args.kinds if kind not in args.without_kinds]
     t0 = time.perf_counter()
     tell = lambda t: print0(f"bank: {describe(t)}") if time.perf_counter() - t0 > 5 else None
-    tasks = load_bank(kinds, range(args.tasks_per_kind), bank_folder(), tell)
-    kept = worth_learning(tasks)
-    print0(f"bank: {len(kept)} of {len(tasks)} tasks, the others' gap is below 3 standard errors")
+    load = lambda: load_bank(kinds, range(args.tasks_per_kind), bank_folder(), tell)
+    with compute.together():  # one rank computes what is missing, the others read it
+        tasks = load() if compute.is_main else []
+    kept = worth_learning(tasks or load())
+    many = len(kinds) * args.tasks_per_kind
+    print0(f"bank: {len(kept)} of {many} tasks, the others' gap is below 3 standard errors")
     if args.preset != "smoke":
         score, setting = check_bank(kept)
         print0(f"bank: the best fixed setting, {setting}, scores {score:.2f}")
@@ -162,13 +171,15 @@ def main(argv: list[str] | None = None) -> int:
     if is_finished(folder, args, MAY_CHANGE):
         print0(f"already finished: {folder}")
         return 0
-    tasks = training_tasks(args)
-    trainer = make_recipe(args).trainer(tasks, args.seed, args.workers)
+    tasks = training_tasks(args, compute)
+    trainer = make_recipe(args).trainer(tasks, args.seed, args.workers, compute.rank, compute.world_size)
 
     # -------------------------------------------------------------------------
     # resume
 
-    seconds, resumed = 0.0, load_checkpoint(folder / "checkpoints") if args.resume == "auto" else None
+    seconds, resumed = 0.0, None
+    if args.resume == "auto":
+        resumed = load_checkpoint_together(folder / "checkpoints", compute)
     if resumed:
         done, saved = resumed
         with untrusted(f"checkpoint in {folder}"):
@@ -185,7 +196,8 @@ def main(argv: list[str] | None = None) -> int:
 
     watch = Stopwatch(args.updates, done=begun)
     state = lambda: {"flags": kept_flags, "ppo": trainer.ppo.state_dict(), "seconds": seconds}
-    with CheckpointWriter(folder / "checkpoints") as writer:
+    saving = CheckpointWriter(folder / "checkpoints") if compute.is_main else contextlib.nullcontext()
+    with saving as writer:
         while trainer.ppo.updates < args.updates and not stop.requested():
             if args.stop_after and trainer.ppo.updates >= args.stop_after:
                 break
@@ -194,11 +206,11 @@ def main(argv: list[str] | None = None) -> int:
             seconds += time.process_time() - t0
             log.log(step=record.pop("update"), **record)
             print_update(record, trainer.ppo.updates, args.updates, watch.tick(trainer.ppo.updates))
-            if trainer.ppo.updates % args.save_every == 0:
+            if writer and trainer.ppo.updates % args.save_every == 0:
                 writer.save(trainer.ppo.updates, state())
         trainer.close()
         done = trainer.ppo.updates
-        if done < args.updates and done > begun:
+        if writer and done < args.updates and done > begun:
             writer.save(done, state())
 
     # -------------------------------------------------------------------------
@@ -209,16 +221,18 @@ def main(argv: list[str] | None = None) -> int:
         "flags": kept_flags,
         "updates_done": done,
         "episodes": episodes,
-        "core_seconds": seconds,
+        "core_seconds": seconds * compute.world_size,
         "tasks": [t.spec for t in tasks],
         "held_out_kinds": list(HELD_OUT),
         "environment": environment_record(compute),
     }
-    save_lhopt_policy(trainer.ppo.averaged, folder / "policy", card, decisions=args.decisions)
+    if compute.is_main:
+        save_lhopt_policy(trainer.ppo.averaged, folder / "policy", card, decisions=args.decisions)
+    compute.barrier()  # when one rank leaves, torchrun ends the others
     if done < args.updates:
         print0(f"stopped after update {done}; the same command goes on")
         return REQUEUE_EXIT_CODE
-    log.finish(flags=kept_flags, updates=done, episodes=episodes, core_seconds=seconds)
+    log.finish(flags=kept_flags, updates=done, episodes=episodes, core_seconds=seconds * compute.world_size)
     print0(f"done: {episodes} episodes, {format_seconds(seconds)} of one core; {folder / 'policy.safetensors'}")
     return 0
 
