@@ -103,7 +103,7 @@ class MetaTrainer:
         self._returns = torch.zeros(0)  # of the kept policies so far, in their order
 
     def update(self) -> dict:
-        """One group and one policy update; returns the record for the log (the README explains its keys)."""
+        """One group and one policy update; returns the record for the log (docs/log.md explains its keys)."""
         start, c, learning = time.perf_counter(), self.config, self._learning < self.course.learnings
         decisions, num_steps = self.env.decisions(self.updates), self.env.task.num_steps(self.updates)
         progress = [first / num_steps for first, _ in decisions]
