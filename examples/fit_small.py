@@ -22,7 +22,8 @@ import jel
 from jel.tasks.loop import LoopTask
 
 RATES = {"1e-3": 1e-3, "1e-5": 1e-5}
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # two-sided, by number of seeds
+# Student's t, two-sided at 95%, by number of seeds; for more, that of 10
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def data(problem: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,17 +117,17 @@ def table(problem: str, rate: str, budget: float, args: argparse.Namespace) -> N
             found[name].append(value)
     for name, values in found.items():
         gaps = [v - b for v, b in zip(values, found["base"])]
-        spread = "" if name == "base" else f"{statistics.mean(gaps):+.4f} ± {half_interval(gaps):.4f}"
+        spread = "" if name == "base" else f"{statistics.mean(gaps):+.4f}{half_interval(gaps)}"
         count = "" if name == "base" else f"{kept[name]} of {args.seeds}"
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        mean = f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+        mean = f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
         print(f"| {problem} | {rate} | {budget:g} | {name} | {mean} | {spread} | {count} |")
     print(f"<!-- {time.time() - t0:.0f} s -->", flush=True)
 
 
-def half_interval(gaps: list[float]) -> float:
+def half_interval(gaps: list[float]) -> str:
+    """Of the mean, at 95%; nothing for a single seed."""
     n = len(gaps)
-    return T95.get(n, 1.96) * statistics.stdev(gaps) / n**0.5 if n > 1 else float("nan")
+    return f" ± {T95.get(n, T95[max(T95)]) * statistics.stdev(gaps) / n**0.5:.4f}" if n > 1 else ""
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -50,6 +52,33 @@ def test_actors_change_no_result():
     with pytest.raises(jel.JelError, match="the loss is NaN from the start"):
         losses(broken, lr)
     broken.close()
+
+
+class Placed(QuadraticTask):
+    def with_steps(self, steps):
+        return Placed(steps)
+
+    def observe(self, names):
+        return {"probe_loss": torch.full(self.x.shape, float(os.getpid()))}
+
+
+def test_tasks_of_other_lengths_share_the_actors():
+    """A cluster that is full with one task's actors would let those of the next wait for ever."""
+    task = RayTask(Placed(), workers=1)
+    others = [task.with_steps(5), task.with_steps(7)]
+    assert [each.num_steps(0) for each in others] == [5, 7]
+    for each in (task, *others):
+        each.reset(0, range(2))
+    processes = {float(each.observe(["probe_loss"])["probe_loss"][0]) for each in (task, *others)}
+    assert len(processes) == 1 and float(os.getpid()) not in processes
+    for each in (task, *others):
+        each.close()
+
+
+@pytest.mark.filterwarnings("error:the actors ask")
+def test_actors_that_must_wait_are_announced():
+    with pytest.raises(UserWarning, match="ask for 3 CPU and Ray has 2"):
+        RayTask(QuadraticTask(), workers=3).reset(0, range(3))
 
 
 def test_fit_learns_on_it():
