@@ -62,8 +62,7 @@ def main(trials: int = TRIALS) -> None:
     task = LoopTask(make_model, make_optimizer, train, loss, probe, steps=EPISODE)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
     study.optimize(task_objective(task, points=3, knobs=RATE), n_trials=trials)
-    schedule = schedule_of(study.best_trial)
-    print(f"the best of {trials} short episodes: test loss {run(schedule):.4f}")
+    print(f"the best of {trials} short episodes: test loss {run(schedule_of(study.best_trial)):.4f}")
 
     # whole runs: the trial chooses the peak rate, and the shape that goes with it
     def objective(trial: optuna.Trial) -> float:

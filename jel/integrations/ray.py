@@ -138,9 +138,8 @@ def trainable(task: Task, points: int = 4, knobs: Sequence[Knob] = KNOBS, group:
 
     def train(config: dict) -> None:
         schedule = schedule_from(config, knobs, points, "ray tune")
-        steps = shared.num_steps(group)
         loss = run_episode(shared, schedule, group, lambda step, loss: tune.report({"probe_loss": loss, "step": step}))
-        tune.report({"probe_loss": loss, "step": steps})
+        tune.report({"probe_loss": loss, "step": shared.num_steps(group)})
 
     return train
 
