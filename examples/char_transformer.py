@@ -21,9 +21,7 @@ STEPS, BATCH, CONTEXT, WIDTH, BUDGET = 150, 16, 32, 32, 8.0  # the budget of jel
 
 def data(seed: int) -> tuple[list, list, list]:
     """Batches of windows of characters: to train on, to choose by, and to test with."""
-    codes = torch.tensor(
-        [min(ord(c), 127) for module in (argparse, tarfile, inspect) for c in inspect.getsource(module)]
-    )
+    codes = torch.tensor([min(ord(c), 127) for m in (argparse, tarfile, inspect) for c in inspect.getsource(m)])
     windows = codes.unfold(0, CONTEXT + 1, CONTEXT + 1)  # side by side
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     return windows[:-512].split(BATCH)[:-1], windows[-512:-256].split(64), windows[-256:].split(64)
