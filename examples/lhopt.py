@@ -31,7 +31,8 @@ def train(steps: int, controller) -> float:
         nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 6), nn.Linear(6, 96), nn.GELU(), nn.Linear(96, 64)
     )
     optimizer = jel.adamw(model.parameters())  # or any other, torch.optim.AdamW(model.parameters()) for one
-    scheduler = jel.Scheduler(optimizer, steps, controller) if controller else None
+    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation
+    scheduler = jel.Scheduler(optimizer, steps, controller, guard=guard) if controller else None
 
     @torch.no_grad()
     def val_loss() -> torch.Tensor:
@@ -48,6 +49,9 @@ def train(steps: int, controller) -> float:
         if scheduler:
             scheduler.observe(loss=loss)
             scheduler.step()
+    if scheduler:
+        scheduler.observe(val_loss=val_loss())
+        guard.load_best()
     return float(val_loss())
 
 

@@ -49,7 +49,8 @@ def main() -> None:
     steps = len(order)
     model = Transformer(words, args.length, args.width, args.layers, args.heads).to(args.device)
     optimizer = jel.adamw(model.parameters())
-    scheduler = jel.Scheduler(optimizer, steps, args.policy)
+    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation
+    scheduler = jel.Scheduler(optimizer, steps, args.policy, guard=guard)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows.numel():,} words, {steps:,} steps")
     for step, at in enumerate(order):
         if step % max(1, steps // 20) == 0:
@@ -63,6 +64,8 @@ def main() -> None:
         optimizer.step()
         scheduler.observe(loss=loss)
         scheduler.step()
+    scheduler.observe(val_loss=evaluate(model, held_out[: args.val_rows], args.batch))
+    guard.load_best()
     print(f"end: val perplexity {math.exp(evaluate(model, held_out, args.batch)):.2f}")
 
 

@@ -62,6 +62,7 @@ class GaussianPolicy(nn.Module):
         if not LOG_STD_RANGE[0] <= initial_log_std <= LOG_STD_RANGE[1]:
             raise JelError(f"initial_log_std is {initial_log_std}; it must lie in {list(LOG_STD_RANGE)}")
         self.features, self.hidden, self.actions = tuple(features), hidden, LogScale(knobs)
+        self.initial_log_std = initial_log_std
         self.observes = observations_of(features)
         self.n_features, self.n_actions = len(self.features), len(self.knobs)
         sizes = (self.n_features, hidden), (hidden, hidden), (hidden, 2 * self.n_actions)
@@ -79,6 +80,10 @@ class GaussianPolicy(nn.Module):
     @property
     def knobs(self) -> tuple[Knob, ...]:
         return self.actions.knobs
+
+    def untrained(self, seed: int) -> GaussianPolicy:
+        """Another one of the same choices, its weights drawn anew."""
+        return GaussianPolicy(self.knobs, self.features, self.hidden, seed, self.initial_log_std)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """States (..., S) -> mean (..., A) and log_std (..., A) of the raw action."""

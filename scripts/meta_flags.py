@@ -7,7 +7,7 @@ import argparse
 from jel.features import FEATURES, WATCHED
 from jel.learn.advantages import RETURNS
 from jel.learn.search import SEARCHES
-from jel.recipes.jel import ADVANTAGES
+from jel.recipes.jel import ADVANTAGES, JelRecipe
 from nanochat.common import UserError, print0
 from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags
 from scripts.presets import RECIPES, add_preset_flag
@@ -63,10 +63,15 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--antithetic", type=int, choices=[0, 1], default=0, help="1: episodes in pairs of opposite noise")
     flag("--updates", type=int, default=50)
     what = "updates, the last ones, that only compare the policies of those before, of which the best stays"
-    flag("--compare", type=int, default=0, help=what)
-    flag("--learnings", type=int, default=1, help="policies learned one after another, from as many updates each")
+    flag("--compare", type=int, default=JelRecipe.compare, help=what)
+    flag(
+        "--learnings",
+        type=int,
+        default=JelRecipe.learnings,
+        help="policies learned one after another, from as many updates each",
+    )
     what = "end a learning when two updates in a row move the policy by less, nats a decision"
-    flag("--still", type=float, default=0.0, help=what)
+    flag("--still", type=float, default=JelRecipe.still, help=what)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
     flag("--episode-chunk", type=int, default=-1, help="episodes side by side on a device; -1 = as many as fit")
     flag(
@@ -79,12 +84,37 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
         "grpo: the paper's update; critic: a Gaussian process over all episodes so far, see jel/learn/actor_critic.py"
     )
     flag("--learner", choices=["grpo", "critic"], default="grpo", help=what)
-    flag("--final-log-std", type=float, default=-0.7, help="critic: exploration narrows to this from --initial-log-std")
-    flag("--policy-steps", type=int, default=120, help="critic: Adam's steps an update")
-    flag("--trust-region", type=float, default=5.0, help="critic: nats that an update moves the policy's mean, at most")
-    flag("--pessimism", type=float, default=1.0, help="critic: standard deviations that count against the unknown")
-    flag("--variation-cost", type=float, default=2.0, help="critic: what a schedule must earn over a constant")
-    flag("--departure-cost", type=float, default=0.03, help="critic: what a multiplier must earn over 1")
+    flag(
+        "--final-log-std",
+        type=float,
+        default=JelRecipe.final_log_std,
+        help="critic: exploration narrows to this from --initial-log-std",
+    )
+    flag("--policy-steps", type=int, default=JelRecipe.policy_steps, help="critic: Adam's steps an update")
+    flag(
+        "--trust-region",
+        type=float,
+        default=JelRecipe.trust_region,
+        help="critic: nats that an update moves the policy's mean, at most",
+    )
+    flag(
+        "--pessimism",
+        type=float,
+        default=JelRecipe.pessimism,
+        help="critic: standard deviations that count against the unknown",
+    )
+    flag(
+        "--variation-cost",
+        type=float,
+        default=JelRecipe.variation_cost,
+        help="critic: what a schedule must earn over a constant",
+    )
+    flag(
+        "--departure-cost",
+        type=float,
+        default=JelRecipe.departure_cost,
+        help="critic: what a multiplier must earn over 1",
+    )
     what = "on a GPU, replay an episode's step from a CUDA graph; off until a GPU has shown a gain (scripts.bench)"
     flag("--cuda-graphs", action="store_true", help=what)
     flag("--policy-lr", type=float, default=3e-4)

@@ -2,12 +2,13 @@
 
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jel.errors import JelError
-from jel.policy_lstm import load_lhopt_policy
+from jel.policy_lstm import default_lhopt_path, load_lhopt_policy
 from jel.tasks.small.bank import SEEDS, SETTINGS, BankTask
 from jel.tasks.small.kinds import draw
 from nanochat.common import UserError
@@ -171,3 +172,15 @@ def test_two_ranks_end_with_the_policy_of_one(tmp_path):
         subprocess.run([*start, *command, "--model-tag", tag], check=True, env=environment)
     one, two = ((tmp_path / "runs/lhopt" / tag / "policy.safetensors").read_bytes() for tag in ("one", "two"))
     assert one == two
+
+
+def test_the_guard_and_a_hidden_validation_loss_are_two_things(monkeypatch):
+    """Each is passed on by itself, and results of different conditions have different names."""
+    asked = []
+    monkeypatch.setattr(evaluate, "run", lambda *given, **how: asked.append(how) or SimpleNamespace(final=None))
+    keys, cases = set(), [(guard, hide_val) for guard in (True, False) for hide_val in (True, False)]
+    for guard, hide_val in cases:
+        key, compute = evaluate.controlled(default_lhopt_path(), "mean", "default", guard, hide_val)
+        compute(None)
+        keys.add(key)
+    assert [(how["keep_best"], how["hide_val"]) for how in asked] == cases and len(keys) == 4

@@ -23,7 +23,7 @@ def surest(trainer: MetaTrainer, points: Sequence[float]) -> Rows:
 
     Few episodes leave the critic vague, and following its gradient may then lead to where nothing was tried. So the
     policy's mean actions stand beside those of the best episodes and the mean of these, and what has the highest
-    lower bound, one standard deviation below the critic's mean, is taken. Costs no episode.
+    lower bound, the critic's mean less its `pessimism` standard deviations, is taken. Costs no episode.
     """
     policy, updater = trainer.policy, trainer.updater
     assert isinstance(updater, ActorCriticUpdate)
@@ -33,7 +33,7 @@ def surest(trainer: MetaTrainer, points: Sequence[float]) -> Rows:
     best = raw[better.topk(-(-len(raw) // SHARE)).indices]
     own = policy(torch.tensor(points)[:, None])[0]
     candidates = torch.stack([own, best.mean(0), *best])  # (C, K, A)
-    chosen = int(updater.critic.returns(candidates, pessimism=1.0).argmax())
+    chosen = int(updater.critic.returns(candidates, updater.pessimism).argmax())
     if chosen == 0:
         return multiplier_table(policy, points)
     rows = zip(points, candidates[chosen])

@@ -31,10 +31,10 @@ class ActorCriticUpdate:
     - less `pessimism` standard deviations of the critic, so that the policy stays near what was tried,
     - less `variation_cost` times the mean square by which the raw actions differ from their mean over the episode: a
       schedule must earn what it varies,
-    - less `departure_cost` times the mean square of the raw actions: a knob that an episode does not feel stays where
-      the base has it (weight decay, that acts over thousands of steps), and none drifts to where its bounds saturate.
-    Both costs are in standard deviations of the returns. With a wide `final_log_std` the expectation finds a place
-    that is good all around, which a longer run forgives more than the peak of short episodes.
+    - less `departure_cost` times the mean square of the raw actions: a knob that hardly matters over an episode stays
+      at the base's value (weight decay needs more steps to act), and none drifts to its bound, where tanh is flat.
+    Both costs are in standard deviations of the returns. With a wide `final_log_std` the policy ends where returns are
+    high all around it, not on a narrow peak, which a longer run need not have.
 
     The exploration width is annealed: log_std goes from the policy's initial one to `final_log_std`. What a policy
     observes beside progress is taken as it was in the last group.

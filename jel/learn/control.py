@@ -93,7 +93,8 @@ def run(
     for k, (first, after) in enumerate(zip(edges, edges[1:])):
         val = episodes.evaluate("val")
         curve.append(val)
-        best.see(episodes.flat, val)
+        if keep_best:
+            best.see(episodes.flat, val)
         features, memory = observe(
             memory,
             progress=torch.tensor(first / small.steps),

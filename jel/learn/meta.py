@@ -48,9 +48,9 @@ class Course:
     """How many groups there are, and what they are for."""
 
     updates: int  # groups in all
-    compare: int = 0  # of these, the last: they change nothing, and compare policies
-    learnings: int = 1  # from as many fresh policies, one after another, that share the groups before
-    still: float = 0.0  # a learning ends early when two updates in a row move the mean by less (nats a decision)
+    compare: int  # of these, the last: they change nothing, and compare policies
+    learnings: int  # of as many untrained policies, one after another, which share the groups before
+    still: float  # a learning ends early when two updates in a row move the mean by less (nats a decision)
 
     def __post_init__(self) -> None:
         if self.compare >= self.updates:
@@ -98,7 +98,7 @@ class MetaTrainer:
         self.rank, self.world_size, self.stop_requested = rank, world_size, stop_requested
         self.updates = 0
         self._learning, self._learned, self._stood = 0, 0, 0  # which one, its groups, those that moved little at last
-        self._begin, self._log_std = updater.state_dict(), policy.state_dict()["net.4.bias"][-1].item()
+        self._begin = updater.state_dict()
         self._kept: dict[str, dict[str, Tensor]] = {}  # policies by the number of updates that made them
         self._returns = torch.zeros(0)  # of the kept policies so far, in their order
 
@@ -163,8 +163,8 @@ class MetaTrainer:
         self._learning, self._learned, self._stood = self._learning + 1, 0, 0
         if self._learning < self.course.learnings:
             self.updater.load_state_dict(self._begin)
-            p, seed = self.policy, (self.seed + 7_368_787 * self._learning) % 2**63
-            p.load_state_dict(GaussianPolicy(p.knobs, p.features, p.hidden, seed, self._log_std).state_dict())
+            seed = (self.seed + 7_368_787 * self._learning) % 2**63
+            self.policy.load_state_dict(self.policy.untrained(seed).state_dict())
 
     def _mean_actions(self, progress: list[float]) -> Tensor:
         """What the kept policies would do, an episode each; where there are fewer, they come again: (E, K, A)."""

@@ -243,8 +243,9 @@ class LoopTask:
                 return "the model is not on the CPU"
         try:
             pickle.dumps(self.loop)
-        except Exception:
-            return "the loop's functions or batches cannot be sent to a process (lambdas and closures cannot)"
+        except Exception as e:  # whatever a user's object may raise; the line that says how episodes run names it
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            return f"the loop's functions or batches cannot be sent to a process (as lambdas and closures): {reason}"
         return None
 
 

@@ -75,10 +75,12 @@ def policy_path(name: str) -> Path:
     return tagged
 
 
-def controlled(path: Path, mode: str, starts: str, guard: bool = True) -> tuple[str, Callable[[BankTask], Tensor]]:
+def controlled(
+    path: Path, mode: str, starts: str, guard: bool = True, hide_val: bool = False
+) -> tuple[str, Callable[[BankTask], Tensor]]:
     """Name (which holds the policy's hash) and function of a policy under control: task -> test losses (R,).
 
-    `guard`: a run ends with its best weights on validation; without, the policy is not shown the validation loss.
+    `guard`: a run ends with its best weights on validation. `hide_val`: the policy is not shown the validation loss.
     """
     policy, card = load_lhopt_policy(path)
     decisions = int(card["decisions"])
@@ -87,10 +89,11 @@ def controlled(path: Path, mode: str, starts: str, guard: bool = True) -> tuple[
         e = len(SEEDS)
         at = torch.tensor(DEFAULTS).repeat(e, 1) if starts == "default" else starts_of(task, SEEDS)
         generator = torch.Generator().manual_seed(5) if mode == "sample" else None
-        how = {"generator": generator, "greedy": mode == "greedy", "keep_best": guard, "hide_val": not guard}
+        how = {"generator": generator, "greedy": mode == "greedy", "keep_best": guard, "hide_val": hide_val}
         return run(policy, task, SEEDS, at, decisions, **how).final  # type: ignore[arg-type]
 
-    return f"LHOPT {card['sha256'][:12]} {mode} {starts}" + (", guard" if guard else ", no validation"), compute
+    key = f"LHOPT {card['sha256'][:12]} {mode} {starts}" + ", guard" * guard + ", no validation" * hide_val
+    return key, compute
 
 
 def rows_of(
@@ -137,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
             lines.append(rows_of(results, tasks, name, name, lambda t, f=function: f(t, SEEDS), price))
     paths = [policy_path(name) for name in args.policies] or [default_lhopt_path()]
     for path, name in zip(paths, args.policies or ["shipped"]):
-        for starts, guard in itertools.product(STARTS, (True, False)):
-            key, compute = controlled(path, args.mode, starts, guard)
-            label = f"LHOPT {name}, {starts} start" + ", no validation loss" * (not guard)
+        for starts, hide_val in itertools.product(STARTS, (False, True)):
+            key, compute = controlled(path, args.mode, starts, guard=not hide_val, hide_val=hide_val)
+            label = f"LHOPT {name}, {starts} start" + ", no validation loss" * hide_val
             lines.append(rows_of(results, tasks, label, key, compute, 1))
     print_tables(tasks, lines)
     return 0

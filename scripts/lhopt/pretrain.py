@@ -13,7 +13,6 @@ runs of `scripts.sweep --what methods` under the same base directory, where ther
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
 
 from jel.errors import JelError
@@ -28,15 +27,14 @@ from scripts.report.statistics import compare, summarize
 from scripts.runs import run_folder
 
 UNDER_LHOPT = ["--hparams", "uniform", "--controller", "jel.lhopt:LhoptController"]
-BASES = {"": [], ", base without warm-down": ["--warmdown-ratio", "0"]}
 FIXED = (1.0, 3.0, 10.0, 17.8, 31.6, 56.2, 100.0)  # multipliers of the base rate, held
 METHODS = {
-    "hand_tuned": "hand-tuned rates (a sweep of 8, after 37 runs by hand)",
-    "best_constant": "the uniform base under the best fixed multipliers of 11 runs",
+    "hand_tuned": "hand-tuned rates",
+    "best_constant": "the uniform base under the best fixed multipliers",
     "suboptimal": "the uniform base, no controller",
-    "jel": "JEL, one policy a seed (10.7 runs of meta-training)",
+    "jel": "JEL, one policy a seed",
 }
-AGAINST = "the uniform base under the best fixed multipliers of 11 runs"
+AGAINST = METHODS["best_constant"]
 
 
 def flags() -> argparse.ArgumentParser:
@@ -44,7 +42,6 @@ def flags() -> argparse.ArgumentParser:
     add_preset_flag(parser)
     parser.add_argument("--policies", nargs="*", default=[], help="tags under runs/, or paths; none: the shipped one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
-    parser.add_argument("--bases", type=int, choices=[1, 2], default=1, help="1: only the base with its warm-down")
     parser.add_argument("--fixed", action="store_true", help="run fixed multipliers too, every seed of each")
     return parser
 
@@ -102,10 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     for label, path in zip(args.policies or ["shipped"], paths):
         _, card = load_lhopt_policy(path)
         interval = ["--decision-interval", str(-(-every_run.num_iterations // int(card["decisions"])))]
-        for what, base in list(BASES.items())[: args.bases]:
-            given = [*UNDER_LHOPT, "--policy", str(path.resolve()), *interval, *base]
-            name = hashlib.sha256(f"{card['sha256']} {base}".encode()).hexdigest()[:12]
-            rows[f"LHOPT {label}{what}"] = runs(args.preset, name, given, args.seeds)
+        given = [*UNDER_LHOPT, "--policy", str(path.resolve()), *interval]
+        rows[f"LHOPT {label}"] = runs(args.preset, card["sha256"][:12], given, args.seeds)
     print0("\n" + table(rows))
     return 0
 

@@ -48,11 +48,8 @@ def fixed(setting: tuple, guard: bool = False) -> Callable[[BankTask, Sequence[i
         if not guard:
             decays = torch.full((len(seeds),), decay)
             return run_schedule(task.task, seeds, shape[:, None].expand(-1, len(seeds)), decays)
-        episodes, best, looks = (
-            Episodes(task.task, seeds, measure=False),
-            Best(len(seeds)),
-            boundaries(steps, DECISIONS),
-        )
+        episodes, best = Episodes(task.task, seeds, measure=False), Best(len(seeds))
+        looks = boundaries(steps, DECISIONS)
         for step in range(steps + 1):
             if step in looks:
                 best.see(episodes.flat, episodes.evaluate("val"))
