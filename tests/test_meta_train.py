@@ -88,12 +88,11 @@ def started(base, smoke, tag, *launcher):
 
 
 def after_updates(base, tag, number: int, process) -> None:
-    """Wait until so many updates are logged, and the next one is under way."""
-    deadline = time.monotonic() + 60
-    while len(read_log(base / "runs" / tag)) < number:
+    """Wait until so many updates are logged and saved, and the next one is under way."""
+    deadline, saved = time.monotonic() + 60, base / "runs" / tag / "checkpoints" / f"step_{number:08d}"
+    while len(read_log(base / "runs" / tag)) < number or not saved.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.005)
-    time.sleep(0.05)
 
 
 def test_killed_and_stopped_and_resumed_is_undisturbed(base, smoke, train, undisturbed, capsys):
