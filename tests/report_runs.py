@@ -156,7 +156,7 @@ def add_everything(folder):
 
 
 def section_rows(*rows):
-    keys = "name", "test_bpb", "run_equivalents", "verdict"
+    keys = "name", "test_bpb", "run_equivalents", "verdict", "difference", "interval"
     return [dict(zip(keys, row)) for row in rows]
 
 
@@ -164,14 +164,25 @@ def add_sections(folder):
     """What scripts.ablate writes."""
     better = "JEL is better (-0.0600 [-0.0900, -0.0300])"
     sections = {
-        "ablations": section_rows(("independent noise", [2.24, 2.25, 2.23, 2.24, 2.26], 6.0, better)),
+        "ablations": section_rows(
+            ("independent noise", [2.24, 2.25, 2.23, 2.24, 2.26], 6.0, better, -0.06, [-0.09, -0.03])
+        ),
         "equal_budget": section_rows(
-            ("random search over the same constants", [2.27, 2.30, 2.26, 2.29, 2.28], 6.0, better),
+            (
+                "random search over the same constants",
+                [2.27, 2.30, 2.26, 2.29, 2.28],
+                6.0,
+                better,
+                -0.06,
+                [-0.09, -0.03],
+            ),
             (
                 "CMA-ES over the same constants",
                 [2.2, 2.3, 2.2, 2.2, 2.2],
                 6.0,
                 "no difference shown (-0.0010 [-0.1, +0.1])",
+                -0.001,
+                [-0.1, 0.1],
             ),
             ("its own mean, held", [2.22, 2.23, 2.21, 2.22, 2.21], 6.0, "JEL is worse (+0.0010 [+0.0001, +0.0020])"),
         ),

@@ -66,7 +66,7 @@ def test_the_page_is_one_file_for_phones_and_the_dark(runs, monkeypatch):
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     figures = page.of("img")
-    assert len(page.of("figure")) == len(figures) == len(list(folder.glob("*.svg"))) == 4
+    assert len(page.of("figure")) == len(figures) == len(list(folder.glob("*.svg"))) == 5
     for figure in figures:
         head, _, data = figure["src"].partition(",")
         svg = base64.b64decode(data, validate=True).decode()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.report.figures import meta_training_figure, multiplier_figure, validation_figure
+from scripts.report.figures import ablation_figure, meta_training_figure, multiplier_figure, validation_figure
 from scripts.report.price_figure import Point, price_figure, spread
 from scripts.report.render import markdown, plain
 from scripts.report.statistics import (
@@ -159,6 +159,30 @@ def test_figures_draw_what_they_are_given():
     assert drawn[4:8] == [[5, 5]] * 4
     assert drawn[8] == [40.0, 40.0] and list(wd.lines[4].get_ydata()) == [1.0, 1.0]  # the best constant
     multiplier_figure([0.0, 0.5], {"lr": {"all": [[1, 2]]}}, {}, "")  # one seed, no constant
+
+
+def test_the_figure_of_ablations_fills_what_the_rule_shows():
+    row = lambda name, n, difference, interval: {
+        "name": name,
+        "test_bpb": [2.0] * n,
+        "difference": difference,
+        "interval": interval,
+    }
+    rows = [
+        row("worse", 5, -0.2, (-0.3, -0.1)),
+        row("few seeds", 3, -0.1, (-0.12, -0.08)),
+        row("one", 1, 0.05, None),
+        row("level", 5, 0.0, (-9.0, 9.0)),
+    ]
+    (axes,) = ablation_figure(rows, "").axes
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert names == ["one (1)", "level (5)", "few seeds (3)", "worse (5)"]  # upwards, by what the change costs
+    lines = [line for line in axes.lines[1:] if len(line.get_xdata()) == 2]
+    assert [list(line.get_xdata()) for line in lines][2:] == [[0.08, 0.12], [0.1, 0.3]]
+    filled = [p.get_markerfacecolor() != "white" for p in axes.lines if p.get_marker() == "o"]
+    assert filled == [False, False, False, True]
+    low, high = axes.get_xlim()
+    assert -0.2 < low < -0.05 and 0.2 < high < 0.4  # every mean is inside, the interval of +-9 is not
     entropy, returns = meta_training_figure([[0.9, 0.8], [0.7, 0.6]], [[1.0, 2.0]], [[3.0, 4.0]], "").axes
     np.testing.assert_allclose(entropy.lines[0].get_xydata(), [[1, 0.8], [2, 0.7]])
     assert [list(line.get_ydata()) for line in returns.lines] == [[3.0, 4.0], [1.0, 2.0]]

@@ -152,7 +152,7 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
         elif seed in evidence.meta and evidence.meta[seed].result:
             price.append(evidence.meta[seed].result["flops"])
     bpb = {seed: result["test_bpb"] for seed, result in results.items()}
-    verdict = "-"
+    verdict, difference, interval = "-", None, None
     if row.against is not None:
         others = evidence.results(row.against, "test_bpb")
         if any(row.against in rows for rows in TABLES.values()):
@@ -162,11 +162,15 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
         c = compare(bpb, others) if row.against == "hand_tuned" else compare(others, bpb)
         spread = "" if c.interval is None else " ({:+.4f} [{:+.4f}, {:+.4f}])".format(c.difference, *c.interval)
         verdict = f"JEL is {c.verdict}{spread}" if c.verdict in ("better", "worse") else c.verdict + spread
+        if row.against == "jel":
+            difference, interval = c.difference, c.interval
     found = {
         "name": row.what,
         "test_bpb": [bpb[seed] for seed in args.seeds],
         "run_equivalents": in_runs(evidence, sum(price) / len(price)) if price else None,
         "verdict": verdict,
+        "difference": difference,  # JEL's minus the row's
+        "interval": interval,
     }
     path = folder / "evidence" / f"{table}.json"
     rows = [r for r in (read_json(path) if path.exists() else []) if r["name"] != row.what]

@@ -113,7 +113,7 @@ def groups_label(groups: list[str], sets: int) -> str:
 def draw(evidence: Evidence, folder: Path) -> set[str]:
     """Write the figures that can be drawn; returns their names. Without matplotlib that is none, which a line says."""
     try:
-        from scripts.report.figures import meta_training_figure, multiplier_figure, save_figure, validation_figure
+        from scripts.report import figures
         from scripts.report.price_figure import price_figure, price_points
     except ImportError as e:
         print0(f"no figures: {e.name} is not installed")
@@ -125,19 +125,23 @@ def draw(evidence: Evidence, folder: Path) -> set[str]:
     curves = evidence.curves()
     if curves:
         labels = {method: tables.label(method) for method in curves}
-        drawn["figure_2_validation"] = validation_figure(curves, labels, subtitle)
+        drawn["figure_2_validation"] = figures.validation_figure(curves, labels, subtitle)
     policies, best = final_policies(evidence), evidence.best_row("best_constant")
     if policies:
         constant = {"lr": best["lr_multiplier"], "weight_decay": best["wd_multiplier"]} if best else {}
         multipliers = multipliers_by_groups(policies)
-        drawn["figure_3_multipliers"] = multiplier_figure(
+        drawn["figure_3_multipliers"] = figures.multiplier_figure(
             policies[0]["decision_progress"], multipliers, constant, subtitle
         )
     if by_update(evidence, "entropy").size:
         columns = [by_update(evidence, key) for key in ("entropy", "return_mean", "return_best")]
-        drawn["figure_meta_training"] = meta_training_figure(*columns, subtitle)
+        drawn["figure_meta_training"] = figures.meta_training_figure(*columns, subtitle)
+    measured = [row for name in ("ablations", "equal_budget") for row in evidence.sections.get(name, [])]
+    compared = [row for row in measured if row.get("difference") is not None]
+    if compared:
+        drawn["figure_4_ablations"] = figures.ablation_figure(compared, subtitle)
     for name, figure in drawn.items():
-        save_figure(figure, folder, name)
+        figures.save_figure(figure, folder, name)
     return set(drawn)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from scripts.report.statistics import mean_curve, quartiles
+from scripts.report.statistics import MIN_SEEDS, mean_curve, quartiles
 
 INK, GRID = "#333333", "#e4e4e4"
 STYLE = [
@@ -41,7 +41,7 @@ STYLE = [
 ]
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
-PURPLE, SKY, BLACK = "#cc79a7", "#56b4e9", "#000000"
+PURPLE, SKY, BLACK, OTHER = "#cc79a7", "#56b4e9", "#000000", "#666666"
 LINES = {
     "jel": (VERMILION, "-"),
     "schedule_free": (BLUE, "--"),
@@ -182,5 +182,35 @@ def meta_training_figure(
     left.set_ylim(min(low, 0), max(high, 1))  # a collapse is a fall to below 0, not a wiggle
     right.set(title="discounted return, nats of probe loss", xlabel="update")
     right.legend(loc="best")
+    figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
+    return figure
+
+
+# -----------------------------------------------------------------------------
+# Figure 4
+
+
+@matplotlib.style.context(STYLE)
+def ablation_figure(rows: Sequence[Mapping], subtitle: str) -> Figure:
+    """What each change to the recipe costs, in bits per byte: a line a row, its 95% interval, the worst at the top.
+
+    Filled where the interval of at least `MIN_SEEDS` seeds leaves out 0. What lies outside the axis, which holds every
+    mean but not every interval, is cut off.
+    """
+    order = sorted(rows, key=lambda row: -row["difference"])
+    means = [-row["difference"] for row in order]
+    room = 0.25 * (max(*means, 0.0) - min(*means, 0.0)) or 0.01
+    figure = Figure(figsize=(8, 1.1 + 0.24 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color=VERMILION, linewidth=1.4, zorder=1)
+    for y, (row, mean) in enumerate(zip(order, means)):
+        low, high = (-edge for edge in reversed(row["interval"])) if row["interval"] else (mean, mean)
+        shown = len(row["test_bpb"]) >= MIN_SEEDS and not low <= 0 <= high
+        axes.plot([low, high], [y, y], color=BLUE if shown else OTHER, linewidth=1.4)
+        axes.plot(mean, y, "o", color=BLUE if shown else OTHER, markerfacecolor=None if shown else "white")
+    axes.set_yticks(range(len(order)), labels=[f"{row['name']} ({len(row['test_bpb'])})" for row in order], fontsize=9)
+    axes.set_xlim(min(*means, 0.0) - room, max(*means, 0.0) + room)
+    axes.set_xlabel("bits per byte of the test split above JEL's: right of the line, the change is worse")
+    axes.grid(axis="y", visible=False)
     figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
     return figure

@@ -14,13 +14,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from scripts.report.costs import exploratory_runs, tuning_cost
 from scripts.report.evidence import LABELS, Evidence
-from scripts.report.figures import LINES, STYLE
+from scripts.report.figures import LINES, OTHER, STYLE
 from scripts.report.statistics import summarize
 
 NEAR = 1.15  # JEL and methods within this factor of the best are drawn to scale, worse ones at the upper edge
 STEP = 1.13  # between equal prices
 APART = 1.7  # points whose prices lie closer than this factor share a column of labels
-OTHER = "#666666"
 
 
 @dataclass(frozen=True, eq=False)
