@@ -31,7 +31,7 @@ def train(steps: int, controller) -> float:
         nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 6), nn.Linear(6, 96), nn.GELU(), nn.Linear(96, 64)
     )
     optimizer = jel.adamw(model.parameters())  # or any other, torch.optim.AdamW(model.parameters()) for one
-    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation
+    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation; the end is their mean
     scheduler = jel.Scheduler(optimizer, steps, controller, guard=guard) if controller else None
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ def train(steps: int, controller) -> float:
             scheduler.step()
     if scheduler:
         scheduler.observe(val_loss=val_loss())
-        guard.load_best()
+        guard.load_best(val_loss)
     return float(val_loss())
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     model = residual_network(args.width, train_set.classes, train_set.size).to(args.device)
     steps = args.epochs * len(loader)
     optimizer = jel.adamw(model.parameters())
-    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation
+    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation; the end is their mean
     scheduler = jel.Scheduler(optimizer, steps, args.policy, guard=guard)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images, {steps:,} steps")
     step = 0
@@ -69,9 +69,9 @@ def main() -> None:
         val, accuracy = evaluate(model, val_loader, args.device, len(val_loader))
         rate = optimizer.param_groups[0]["lr"]
         print(f"epoch {epoch + 1}: val loss {val:.4f}, accuracy {100 * accuracy:.2f}%, lr {rate:.2e}", flush=True)
-    guard.load_best()
+    guard.load_best(lambda: evaluate(model, val_loader, args.device, args.val_batches)[0])
     val, accuracy = evaluate(model, val_loader, args.device, len(val_loader))
-    print(f"best on validation: val loss {val:.4f}, accuracy {100 * accuracy:.2f}%")
+    print(f"mean of the best on validation: val loss {val:.4f}, accuracy {100 * accuracy:.2f}%")
 
 
 if __name__ == "__main__":

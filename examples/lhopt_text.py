@@ -49,7 +49,7 @@ def main() -> None:
     steps = len(order)
     model = Transformer(words, args.length, args.width, args.layers, args.heads).to(args.device)
     optimizer = jel.adamw(model.parameters())
-    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation
+    guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation; the end is their mean
     scheduler = jel.Scheduler(optimizer, steps, args.policy, guard=guard)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows.numel():,} words, {steps:,} steps")
     for step, at in enumerate(order):
@@ -64,8 +64,9 @@ def main() -> None:
         optimizer.step()
         scheduler.observe(loss=loss)
         scheduler.step()
-    scheduler.observe(val_loss=evaluate(model, held_out[: args.val_rows], args.batch))
-    guard.load_best()
+    val_loss = lambda: evaluate(model, held_out[: args.val_rows], args.batch)
+    scheduler.observe(val_loss=val_loss())
+    guard.load_best(val_loss)
     print(f"end: val perplexity {math.exp(evaluate(model, held_out, args.batch)):.2f}")
 
 

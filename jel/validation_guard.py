@@ -1,10 +1,10 @@
-"""The best weights on validation are kept; a run that leaves them far behind goes back to them. For any controller.
+"""The best weights on validation are kept, and a run ends with their mean; one that leaves them far behind goes back.
 
 ```python
 guard = jel.ValidationGuard.of(model)     # or ValidationGuard(save=..., load=...)
 scheduler = jel.Scheduler(optimizer, total_steps, "lhopt", guard=guard)
 ...; scheduler.observe(loss=loss, val_loss=...)
-guard.load_best()                                   # at the end
+guard.load_best(validate)                 # at the end; validate() -> the loaded weights' validation loss
 ```
 """
 
@@ -15,9 +15,23 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from jel.errors import JelError
 from jel.guard import Guard
+
+
+def mean_of(copies: Sequence[Any]) -> Any:
+    """The mean of floating-point tensors in equal nests of dicts, lists and tuples; of all else, the first copy's."""
+    first = copies[0]
+    if isinstance(first, Tensor) and first.is_floating_point():
+        return torch.stack([x.float() for x in copies]).mean(0).to(first.dtype)
+    if isinstance(first, dict):
+        return {key: mean_of([x[key] for x in copies]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(mean_of(list(column)) for column in zip(*copies))
+    return first
 
 
 class ValidationGuard(Guard):
@@ -28,9 +42,10 @@ class ValidationGuard(Guard):
     - `margin`: how far a validation loss may lie above the best so far, as a share of the best.
     - `patience`: how many validation losses in a row must lie above it.
     - `every`: optimizer steps between looks at the training loss, which must be finite.
+    - `keep`: how many copies are kept, those of the best validation losses. With 1 there is nothing to take a mean of.
 
-    It trips once: the best copy is loaded and the base's values hold to the end. Copies are not part of its state:
-    after resuming, the next validation loss is the best again.
+    It trips once: the best copy is loaded and the base's values hold to the end; good weights are still copied. Copies
+    are not part of its state: after resuming, the next validation loss is the best again.
     """
 
     def __init__(
@@ -40,20 +55,24 @@ class ValidationGuard(Guard):
         margin: float = 0.5,
         patience: int = 2,
         every: int = 10,
+        keep: int = 5,
     ):
         super().__init__(margin=margin, patience=patience, every=every)
+        if keep < 1:
+            raise JelError(f"a guard keeps at least 1 copy of the best weights, not {keep}")
+        self.keep = keep
         self.snapshot(save, load)
 
     @classmethod
     def of(cls, model: nn.Module, **limits: Any) -> ValidationGuard:
-        """Keeps a model's parameters and buffers; `limits`: margin, patience, every."""
+        """Keeps a model's parameters and buffers; `limits`: margin, patience, every, keep."""
         return cls(lambda: copy.deepcopy(model.state_dict()), model.load_state_dict, **limits)
 
     def start(self, total_steps: int, recorded: Sequence[tuple[float, float]]) -> None:
         super().start(total_steps, recorded)
         self._until = 0
         self._last: float | Tensor = 0.0
-        self._copy: Any = None
+        self._kept: list[tuple[float, int, Any]] = []  # (validation loss, step, copy), the best first
         self.best, self.best_step = math.inf, -1
 
     def check_length(self) -> None:
@@ -66,27 +85,36 @@ class ValidationGuard(Guard):
         self._last = loss
 
     def validated(self, step: int, loss: float | Tensor) -> None:
-        """A validation loss after so many steps: a better one is copied, one that lies too far above goes back."""
+        """A validation loss after so many steps: a good one is copied, one that lies too far above goes back."""
+        value = float(loss)
+        if math.isfinite(value) and (len(self._kept) < self.keep or value < self._kept[-1][0]):
+            assert self._save is not None
+            kept = sorted([*self._kept, (value, step, self._save())], key=lambda one: one[:2])
+            self._kept = kept[: self.keep]
+            self.best, self.best_step, _ = kept[0]
         if self.tripped is not None:
             return
-        value = float(loss)
-        if math.isfinite(value) and (value < self.best or self._copy is None):
-            assert self._save is not None
-            self.best, self.best_step, self._copy, self._strikes = value, step, self._save(), 0
-            return
         self._strikes = self._strikes + 1 if not value <= self.best + self.margin * abs(self.best) else 0
-        if self._copy is not None and (self._strikes >= self.patience or not math.isfinite(value)):
+        if self._kept and (self._strikes >= self.patience or not math.isfinite(value)):
             self._back(step, f"validation loss {value:.4g}, the best was {self.best:.4g}")
 
     def judge(self, step: int) -> None:
         if self.tripped is None and step % self.every == 0 and not math.isfinite(float(self._last)):
             self._back(step, f"training loss {float(self._last):.4g}")
 
-    def load_best(self) -> int | None:
-        """Put the best weights back, at the end of a run; the step they are of, or None if there are none."""
-        if self._copy is None or self._load is None:
+    def load_best(self, validate: Callable[[], float] | None = None) -> int | None:
+        """Put the best weights back, at the end of a run; the step of the best copy, or None if there is none.
+
+        With `validate`, which returns the validation loss of the weights as loaded, it is the mean of the copies (a
+        uniform soup: Wortsman et al., arXiv 2203.05482), unless that validates worse than every one of them.
+        """
+        if not self._kept or self._load is None:
             return None
-        self._load(self._copy)
+        if validate is not None and len(self._kept) > 1:
+            self._load(mean_of([kept for _, _, kept in self._kept]))
+            if float(validate()) <= self._kept[-1][0]:
+                return self.best_step
+        self._load(self._kept[0][2])
         return self.best_step
 
     def _back(self, step: int, why: str) -> None:
@@ -102,4 +130,4 @@ class ValidationGuard(Guard):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.best = math.inf if state["best"] is None else float(state["best"])
-        self.best_step, self._copy = int(state["best_step"]), None
+        self.best_step, self._kept = int(state["best_step"]), []

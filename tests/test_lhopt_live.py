@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -363,5 +364,29 @@ def test_a_guard_of_a_model_keeps_parameters_and_buffers():
         model.weight.add_(1)
         model.running_mean.sub_(1)
     guard.validated(2, 1.2)
+    later = {k: t.clone() for k, t in model.state_dict().items()}
     assert not same(model, best)
     assert guard.load_best() == 1 and same(model, best) and guard.patience == 5
+    told = iter((1.2, 1.3))
+    assert guard.load_best(lambda: next(told)) == 1  # the mean validates as well as the worse of the two
+    for name, value in model.state_dict().items():
+        mean = (best[name] + later[name]) / 2 if value.is_floating_point() else best[name]
+        assert torch.equal(value, mean)
+    assert guard.load_best(lambda: next(told)) == 1 and same(model, best)  # and here it does not
+    with pytest.raises(StopIteration):
+        next(told)
+
+
+def test_only_so_many_copies_are_kept_and_those_of_the_best():
+    made = iter("abcdefg")
+    guard, loaded = jel.ValidationGuard(lambda: next(made), print, margin=9.0, keep=3), []
+    guard.snapshot(lambda: next(made), loaded.append)
+    guard.start(10, ())
+    for step, loss in enumerate((5.0, 4.0, 6.0, 7.0, 3.0, math.nan)):
+        guard.validated(step, loss)
+    assert [kept for _, _, kept in guard._kept] == ["d", "b", "a"]  # 7.0 was not copied
+    assert guard.tripped and loaded == ["d"]  # what is not finite goes back at once
+    guard.validated(6, 2.0)
+    assert guard.load_best() == 6 and loaded[-1] == "e"  # the base's run is kept too
+    with pytest.raises(JelError, match="at least 1 copy"):
+        jel.ValidationGuard(lambda: 0, print, keep=0)

@@ -115,13 +115,13 @@ def test_a_missing_policy_is_one_clear_line(base):
 
 
 def test_a_fixed_setting_with_the_guard_is_never_worse_on_validation():
-    """With a rate that blows up, what is kept is a start; with one that does not, the end."""
+    """With a rate that blows up, what is kept is a start; with one that does not, the mean of the last looks."""
     task = tiny_tasks()[1]
     wild = rivals.fixed((1e3, "constant", 1e-2), guard=True)(task, SEEDS[:2])
     plain = rivals.fixed((1e3, "constant", 1e-2))(task, SEEDS[:2])
     assert wild.isfinite().all() and (plain.nan_to_num(math.inf) > wild).all()
     calm = [rivals.fixed((1e-3, "constant", 1e-2), guard)(task, SEEDS[:2]) for guard in (True, False)]
-    torch.testing.assert_close(*calm, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*calm, atol=0, rtol=1e-2)
 
 
 def test_the_table_of_pretraining_compares_seed_by_seed():

@@ -18,6 +18,7 @@ from jel.tasks.small.bank import BankTask
 from jel.tasks.small.episodes import DEFAULTS, HYPERPARAMETERS, Episodes
 from jel.unitless import observe
 
+KEEP = 5  # weights that the guard keeps, of 21 that it sees: chosen on training kinds, see docs/lhopt.md
 PRIVILEGED = 12  # numbers of `privileged`, before the one-hot of the task
 
 
@@ -73,8 +74,8 @@ def run(
 
     `averaged` acts, without drawing, in those episodes where `deterministic` (E,) is True. Knobs are found by their
     hyperparameter's name; hyperparameters that no knob turns stay at their start. `hide_val`: the controller is not
-    shown the validation loss. `keep_best`: a run ends with the weights that had the best validation loss at a decision
-    or at the end, as under `jel.ValidationGuard`.
+    shown the validation loss. `keep_best`: a run ends with the mean of the weights that had the `KEEP` best validation
+    losses at the decisions and at the end, as under `jel.ValidationGuard`.
     """
     e, small = len(seeds), task.task
     episodes = Episodes(small, seeds)
@@ -131,7 +132,7 @@ def run(
     curve.append(episodes.evaluate("val"))
     if keep_best:
         best.see(episodes.flat, curve[-1])
-        episodes.flat = best.flat
+        best.load(episodes)
     final = episodes.evaluate("test")
     stacked = {name: torch.stack(rows) for name, rows in record.items()}
     return Trajectories(**stacked, val=torch.stack(curve), final=final, score=task.score(final))
@@ -169,15 +170,31 @@ def random_starts(seeds: int, generator: torch.Generator, noise: Sequence[tuple[
 
 
 class Best:
-    """The weights (E, P) at the best validation loss so far."""
+    """The `keep` weights (keep, E, P) of each episode that validated best so far."""
 
-    def __init__(self, e: int):
-        self.val, self.flat = torch.full((e,), math.inf), torch.empty(0)
+    def __init__(self, e: int, keep: int = KEEP):
+        self.val, self.flat = torch.full((keep, e), math.inf), torch.empty(0)
 
     def see(self, flat: Tensor, val: Tensor) -> None:
-        better = val < self.val
-        self.val = torch.where(better, val, self.val)
-        self.flat = torch.where(better[:, None], flat, self.flat) if len(self.flat) else flat.clone()
+        """Weights (E, P) and their validation losses (E,): they take the place of the worst held, where better."""
+        if not len(self.flat):
+            self.flat = flat.new_zeros(len(self.val), *flat.shape)
+        worst, at = self.val.max(0)
+        e = (val < worst).nonzero()[:, 0]
+        self.val[at[e], e], self.flat[at[e], e] = val[e], flat[e]
+
+    def load(self, episodes: Episodes) -> None:
+        """End the episodes with the mean of the weights held, or the best where it validates worse than all of them.
+
+        As `jel.ValidationGuard.load_best`: a uniform soup (Wortsman et al., arXiv 2203.05482) of one run's weights.
+        Episodes that never had a finite validation loss stay as they are.
+        """
+        held = self.val.isfinite()
+        last, any_held = episodes.flat, held.any(0)[:, None]
+        best = self.flat[self.val.argmin(0), torch.arange(len(last))]
+        episodes.flat = torch.einsum("ke,kep->ep", held / held.sum(0).clamp_min(1), self.flat)
+        as_good = episodes.evaluate("val") <= self.val.where(held, -math.inf).max(0).values
+        episodes.flat = torch.where(any_held, torch.where(as_good[:, None], episodes.flat, best), last)
 
 
 class Registers:

@@ -56,7 +56,7 @@ def fixed(setting: tuple, guard: bool = False) -> Callable[[BankTask, Sequence[i
             if step < steps:
                 values = torch.tensor([float(shape[step]), decay, *DEFAULTS[2:]])
                 episodes.train(1, values.expand(len(seeds), -1))
-        episodes.flat = best.flat
+        best.load(episodes)
         return episodes.evaluate("test")
 
     return run
