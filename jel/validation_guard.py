@@ -1,4 +1,4 @@
-"""The best weights on validation are kept, and a run ends with their mean; one that leaves them far behind goes back.
+"""The best weights on validation are kept, and a run ends with their mean; one that blows up goes back to them.
 
 ```python
 guard = jel.ValidationGuard.of(model)     # or ValidationGuard(save=..., load=...)
@@ -39,7 +39,8 @@ class ValidationGuard(Guard):
 
     save, load: `save()` returns a copy of what is to be kept (weights; and the optimizer's state, if a return is to
         find it as it was), `load(copy)` puts it back.
-    - `margin`: how far a validation loss may lie above the best so far, as a share of the best.
+    - `margin`: how far a validation loss may lie above the best so far, as a share of the best. By default any way, as
+        long as it is finite: what was good is kept, and a policy that may try more ends better (docs/lhopt.md).
     - `patience`: how many validation losses in a row must lie above it.
     - `every`: optimizer steps between looks at the training loss, which must be finite.
     - `keep`: how many copies are kept, those of the best validation losses. With 1 there is nothing to take a mean of.
@@ -52,7 +53,7 @@ class ValidationGuard(Guard):
         self,
         save: Callable[[], Any],
         load: Callable[[Any], None],
-        margin: float = 0.5,
+        margin: float = math.inf,
         patience: int = 2,
         every: int = 10,
         keep: int = 5,
@@ -94,7 +95,8 @@ class ValidationGuard(Guard):
             self.best, self.best_step, _ = kept[0]
         if self.tripped is not None:
             return
-        self._strikes = self._strikes + 1 if not value <= self.best + self.margin * abs(self.best) else 0
+        far = value > self.best + self.margin * abs(self.best)  # infinity times 0 is no number: nothing lies above it
+        self._strikes = self._strikes + 1 if far else 0
         if self._kept and (self._strikes >= self.patience or not math.isfinite(value)):
             self._back(step, f"validation loss {value:.4g}, the best was {self.best:.4g}")
 
