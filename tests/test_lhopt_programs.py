@@ -178,9 +178,9 @@ def test_the_guard_and_a_hidden_validation_loss_are_two_things(monkeypatch):
     """Each is passed on by itself, and results of different conditions have different names."""
     asked = []
     monkeypatch.setattr(evaluate, "run", lambda *given, **how: asked.append(how) or SimpleNamespace(final=None))
-    keys, cases = set(), [(guard, hide_val) for guard in (True, False) for hide_val in (True, False)]
-    for guard, hide_val in cases:
-        key, compute = evaluate.controlled(default_lhopt_path(), "mean", "default", guard, hide_val)
+    keys, cases = set(), [(keep, hide_val) for keep in (5, 0) for hide_val in (True, False)]
+    for keep, hide_val in cases:
+        key, compute = evaluate.controlled(default_lhopt_path(), "mean", "default", keep, hide_val)
         compute(None)
         keys.add(key)
-    assert [(how["keep_best"], how["hide_val"]) for how in asked] == cases and len(keys) == 4
+    assert [(how["keep"], how["hide_val"]) for how in asked] == cases and len(keys) == 4

@@ -129,7 +129,7 @@ def test_a_run_ends_with_the_mean_of_its_best_weights_where_that_is_no_worse():
 def test_keeping_the_best_changes_how_a_run_ends_and_nothing_else():
     task, policy = some_tasks()[1], recipe().policy(0)
     starts = torch.tensor(DEFAULTS).repeat(6, 1) * torch.tensor([1.0, 10.0, 100.0, 300.0, 1000.0, 1e6])[:, None]
-    plain, kept = (run(policy, task, range(6), starts, 4, keep_best=keep) for keep in (False, True))
+    plain, kept = (run(policy, task, range(6), starts, 4, keep=keep) for keep in (0, 5))
     torch.testing.assert_close(plain.val, kept.val, equal_nan=True)
     torch.testing.assert_close(plain.features, kept.features, equal_nan=True)
     assert (plain.final != kept.final).all() and kept.final[-1] < plain.final[-1].nan_to_num(math.inf)

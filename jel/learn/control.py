@@ -18,7 +18,7 @@ from jel.tasks.small.bank import BankTask
 from jel.tasks.small.episodes import DEFAULTS, HYPERPARAMETERS, Episodes
 from jel.unitless import observe
 
-KEEP = 5  # weights that the guard keeps, of 21 that it sees: chosen on training kinds, see docs/lhopt.md
+KEEP = 5  # weights that the guard of a deployed policy keeps, as jel.ValidationGuard; chosen on training kinds
 PRIVILEGED = 12  # numbers of `privileged`, before the one-hot of the task
 
 
@@ -66,7 +66,7 @@ def run(
     deterministic: Tensor | None = None,
     averaged: LstmPolicy | None = None,
     hide_val: bool = False,
-    keep_best: bool = False,
+    keep: int = 0,
     task_index: int = 0,
     n_tasks: int = 1,
 ) -> Trajectories:
@@ -74,8 +74,8 @@ def run(
 
     `averaged` acts, without drawing, in those episodes where `deterministic` (E,) is True. Knobs are found by their
     hyperparameter's name; hyperparameters that no knob turns stay at their start. `hide_val`: the controller is not
-    shown the validation loss. `keep_best`: a run ends with the mean of the weights that had the `KEEP` best validation
-    losses at the decisions and at the end, as under `jel.ValidationGuard`.
+    shown the validation loss. `keep`: a run ends with the mean of the weights that had so many of the best validation
+    losses at the decisions and at the end, as under `jel.ValidationGuard`; 0: with its last weights.
     """
     e, small = len(seeds), task.task
     episodes = Episodes(small, seeds)
@@ -89,12 +89,12 @@ def run(
         name: [] for name in ("features", "choices", "log_probs", "privileged", "values")
     }
     curve: list[Tensor] = []
-    best = Best(e)
+    best = Best(e, keep)
     registers = Registers(policy.restart.registers, e)
     for k, (first, after) in enumerate(zip(edges, edges[1:])):
         val = episodes.evaluate("val")
         curve.append(val)
-        if keep_best:
+        if keep:
             best.see(episodes.flat, val)
         features, memory = observe(
             memory,
@@ -130,7 +130,7 @@ def run(
             registers.act(policy, episodes, register, val, k / decisions)
         episodes.train(after - first, values)
     curve.append(episodes.evaluate("val"))
-    if keep_best:
+    if keep:
         best.see(episodes.flat, curve[-1])
         best.load(episodes)
     final = episodes.evaluate("test")
@@ -172,7 +172,7 @@ def random_starts(seeds: int, generator: torch.Generator, noise: Sequence[tuple[
 class Best:
     """The `keep` weights (keep, E, P) of each episode that validated best so far."""
 
-    def __init__(self, e: int, keep: int = KEEP):
+    def __init__(self, e: int, keep: int):
         self.val, self.flat = torch.full((keep, e), math.inf), torch.empty(0)
 
     def see(self, flat: Tensor, val: Tensor) -> None:

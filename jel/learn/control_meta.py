@@ -37,7 +37,7 @@ class Episode:
     noise: tuple[tuple[float, float], ...] = ((1e-2, 1e2), (0.1, 10.0), (0.1, 10.0), (0.1, 10.0))
     default_starts: float = 0.25  # the share of episodes that start from the default hyperparameters
     hidden_val: float = 0.2  # the share of groups whose policy is not shown the validation loss
-    keep_best: bool = True  # where it is shown, a run ends with its best weights on validation: safety is not learned
+    keep: int = 1  # where it is shown, a run ends with so many of its best weights on validation: safety is not learned
     reward: str = "score"
     baseline_episodes: int = 4  # of the averaged actor, for a reward by its curve
 
@@ -71,7 +71,7 @@ def run_group(
     """A group's trajectories, the return of each of its episodes (E,), and the index of its task."""
     index, seeds, starts, hide, generator = job.draw(tasks, e)
     common = {"generator": generator, "hide_val": hide, "task_index": index, "n_tasks": len(tasks)}
-    common["keep_best"] = e.keep_best and not hide
+    common["keep"] = 0 if hide else e.keep
     if e.reward == "score":
         t = run(policy, tasks[index], seeds, starts, e.decisions, **common)  # type: ignore[arg-type]
         return t, t.score, index

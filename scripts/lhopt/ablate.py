@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
+from jel.learn.control import KEEP
 from jel.policy_lstm import load_lhopt_policy, save_lhopt_policy
 from jel.tasks.small.bank import BankTask, load_bank, worth_learning
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
@@ -36,12 +37,13 @@ from scripts.runs import run_folder
 class Row:
     """What is changed: flags of `scripts.lhopt.train`.
 
-    `guard`: whether it is scored with its best weights kept; `last`: whether its last actor is, not the averaged one.
+    `keep`: of how many of its best weights on validation a run that scores it ends with the mean; 0: no guard.
+    `last`: whether its last actor is scored, not the averaged one. A row without flags scores the recipe's policies.
     """
 
     what: str
     flags: tuple[str, ...] = ()
-    guard: bool = True
+    keep: int = KEEP
     last: bool = False
 
 
@@ -63,9 +65,11 @@ ROWS = {
     # parts of the paper that the recipe leaves out, put in
     "paper-steps": Row("the paper's seven steps of the rate", ("--paper-steps",)),
     "speedup": Row("reward: log speed-up over the averaged actor", ("--reward", "speedup")),
-    "registers": Row("three checkpoint registers, no guard", ("--registers", "3", "--no-guard"), guard=False),
+    "registers": Row("three checkpoint registers, no guard", ("--registers", "3", "--keep", "0"), keep=0),
     # ours
-    "no-guard": Row("trained and scored without the guard", ("--no-guard",), guard=False),
+    "no-guard": Row("trained and scored without the guard", ("--keep", "0"), keep=0),
+    "best-weights": Row("scored with a run's best weights, not the mean of five", keep=1),
+    "keep-5": Row("trained on runs that end with the mean of five, too", ("--keep", "5")),
 }
 
 
@@ -81,7 +85,7 @@ def flags() -> argparse.ArgumentParser:
 
 def train(name: str, updates: int, seed: int) -> Path:
     """The path of the row's policy of this seed, which is there when this returns."""
-    tag = f"lhopt/ablate/{'full' if ROWS[name].last else name}-u{updates}-s{seed}"
+    tag = f"lhopt/ablate/{name if ROWS[name].flags else 'full'}-u{updates}-s{seed}"
     if not (run_folder(tag) / "result.json").exists():
         command = ["scripts.lhopt.train", "--updates", str(updates), "--seed", str(seed), *ROWS[name].flags]
         if not run([*command, "--model-tag", tag], run_folder(tag)):
@@ -101,11 +105,11 @@ def last_actor(averaged: Path) -> Path:
     return path
 
 
-def scores(results: Results, path: Path, guard: bool, tasks: list[BankTask]) -> Tensor:
+def scores(results: Results, path: Path, keep: int, tasks: list[BankTask]) -> Tensor:
     """Scores (2 N, R) from both kinds of start."""
     rows = []
     for starts in STARTS:
-        key, compute = controlled(path, "mean", starts, guard)
+        key, compute = controlled(path, "mean", starts, keep)
         rows += [t.paired_score(results.row(key, t, lambda t=t, c=compute: c(t))) for t in tasks]
     return torch.stack(rows)
 
@@ -133,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names:
         paths = [train(name, args.updates, seed) for seed in args.seeds]
         found = [
-            torch.stack([scores(results, path, ROWS[name].guard, tasks) for path in paths])
+            torch.stack([scores(results, path, ROWS[name].keep, tasks) for path in paths])
             for tasks in (fresh, held_out)
         ]
         cells = [text for x, against in zip(found, full) for text in cell(x, against)]

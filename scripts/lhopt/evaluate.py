@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jel.errors import JelError
 from jel.files import json_bytes, read_json, write_files
-from jel.learn.control import run
+from jel.learn.control import KEEP, run
 from jel.policy_lstm import default_lhopt_path, load_lhopt_policy, policy_files
 from jel.tasks.small.bank import DEFAULT, SEEDS, SETTINGS, BankTask, fixed_scores, load_bank, worth_learning
 from jel.tasks.small.episodes import DEFAULTS
@@ -76,11 +76,12 @@ def policy_path(name: str) -> Path:
 
 
 def controlled(
-    path: Path, mode: str, starts: str, guard: bool = True, hide_val: bool = False
+    path: Path, mode: str, starts: str, keep: int = KEEP, hide_val: bool = False
 ) -> tuple[str, Callable[[BankTask], Tensor]]:
     """Name (which holds the policy's hash) and function of a policy under control: task -> test losses (R,).
 
-    `guard`: a run ends with its best weights on validation. `hide_val`: the policy is not shown the validation loss.
+    `keep`: a run ends with the mean of so many of its best weights on validation. `hide_val`: the policy is not shown
+    the validation loss.
     """
     policy, card = load_lhopt_policy(path)
     decisions = int(card["decisions"])
@@ -89,10 +90,14 @@ def controlled(
         e = len(SEEDS)
         at = torch.tensor(DEFAULTS).repeat(e, 1) if starts == "default" else starts_of(task, SEEDS)
         generator = torch.Generator().manual_seed(5) if mode == "sample" else None
-        how = {"generator": generator, "greedy": mode == "greedy", "keep_best": guard, "hide_val": hide_val}
+        how = {"generator": generator, "greedy": mode == "greedy", "keep": keep, "hide_val": hide_val}
         return run(policy, task, SEEDS, at, decisions, **how).final  # type: ignore[arg-type]
 
-    key = f"LHOPT {card['sha256'][:12]} {mode} {starts}" + ", guard" * guard + ", no validation" * hide_val
+    key = (
+        f"LHOPT {card['sha256'][:12]} {mode} {starts}"
+        + f", guard of {keep}" * bool(keep)
+        + ", no validation" * hide_val
+    )
     return key, compute
 
 
@@ -134,14 +139,14 @@ def main(argv: list[str] | None = None) -> int:
         setting = best_fixed_setting()
         label = f"AdamW {setting[0]:g} {setting[1]}, decay {setting[2]:g}: best on the training tasks"
         lines.append(rows_of(results, tasks, label, f"fixed {setting}", lambda t: fixed(setting)(t, SEEDS), 1))
-        key, compute = f"fixed {setting}, guard", lambda t: fixed(setting, guard=True)(t, SEEDS)
+        key, compute = f"fixed {setting}, guard of {KEEP}", lambda t: fixed(setting, guard=True)(t, SEEDS)
         lines.append(rows_of(results, tasks, "the same, with the guard", key, compute, 1))
         for name, (function, price) in RIVALS.items():
             lines.append(rows_of(results, tasks, name, name, lambda t, f=function: f(t, SEEDS), price))
     paths = [policy_path(name) for name in args.policies] or [default_lhopt_path()]
     for path, name in zip(paths, args.policies or ["shipped"]):
         for starts, hide_val in itertools.product(STARTS, (False, True)):
-            key, compute = controlled(path, args.mode, starts, guard=not hide_val, hide_val=hide_val)
+            key, compute = controlled(path, args.mode, starts, 0 if hide_val else KEEP, hide_val)
             label = f"LHOPT {name}, {starts} start" + ", no validation loss" * hide_val
             lines.append(rows_of(results, tasks, label, key, compute, 1))
     print_tables(tasks, lines)

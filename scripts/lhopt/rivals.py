@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.learn.control import Best, boundaries, random_starts
+from jel.learn.control import KEEP, Best, boundaries, random_starts
 from jel.lhopt import DECISIONS
 from jel.tasks.small.bank import RATES, SCHEDULES, SETTINGS, BankTask, run_schedule
 from jel.tasks.small.episodes import DEFAULTS, Episodes, SmallTask
@@ -38,7 +38,7 @@ def no_control_random(task: BankTask, seeds: Sequence[int]) -> Tensor:
 def fixed(setting: tuple, guard: bool = False) -> Callable[[BankTask, Sequence[int]], Tensor]:
     """One AdamW setting (rate, schedule, decay), the same on every task.
 
-    `guard`: a run ends with its best weights on validation, read as often as a policy reads it.
+    `guard`: a run ends with the mean of its best weights on validation, read as often as a policy reads it.
     """
     rate, name, decay = setting
 
@@ -48,7 +48,7 @@ def fixed(setting: tuple, guard: bool = False) -> Callable[[BankTask, Sequence[i
         if not guard:
             decays = torch.full((len(seeds),), decay)
             return run_schedule(task.task, seeds, shape[:, None].expand(-1, len(seeds)), decays)
-        episodes, best = Episodes(task.task, seeds, measure=False), Best(len(seeds))
+        episodes, best = Episodes(task.task, seeds, measure=False), Best(len(seeds), KEEP)
         looks = boundaries(steps, DECISIONS)
         for step in range(steps + 1):
             if step in looks:

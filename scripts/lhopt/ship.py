@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
+from jel.learn.control import KEEP
 from jel.policy_lstm import load_lhopt_policy, save_lhopt_policy
 from jel.tasks.small.bank import BankTask, load_bank, worth_learning
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         card["training"],
         decisions=card["decisions"],
         meaning_of_scores="0: AdamW 1e-3 constant, decay 1e-2; 1: the best of 42 AdamW runs, with hindsight; "
-        "runs under the policy end with their best weights on validation (jel.ValidationGuard)",
+        f"runs under the policy end with the mean of their {KEEP} best weights on validation (jel.ValidationGuard)",
         chosen_among=choice,
         held_out=record,
     )

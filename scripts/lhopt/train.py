@@ -84,7 +84,10 @@ def flags() -> argparse.ArgumentParser:
     flag("--no-critic", action="store_true", help="ablation: the group's mean return in the place of a value function")
     flag("--no-privileged", action="store_true", help="ablation: the value function sees what the policy sees")
     flag(
-        "--no-guard", action="store_true", help="ablation: a run ends with its last weights, not its best on validation"
+        "--keep",
+        type=int,
+        default=Episode.keep,
+        help="a run ends with the mean of so many of its best weights on validation; 0, an ablation: with its last",
     )
     flag("--fixed-starts", action="store_true", help="ablation: every episode starts from the defaults")
     return parser
@@ -105,7 +108,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.model_tag = args.model_tag or f"lhopt/{args.preset}-s{args.seed}"
     most = (1, LARGEST)
     whole = ["updates", "save_every", "workers", "tasks_per_kind", "hidden", "groups", "episodes", "decisions"]
-    check_numbers(args, {most: whole, (0, 8): ["registers"], (0, LARGEST): ["policy_lr", "entropy_coef"]})
+    check_numbers(
+        args, {most: whole, (0, 8): ["registers"], (0, 21): ["keep"], (0, LARGEST): ["policy_lr", "entropy_coef"]}
+    )
     return args
 
 
@@ -115,7 +120,7 @@ def make_recipe(args: argparse.Namespace) -> LhoptRecipe:
         groups=args.groups,
         episodes=args.episodes,
         reward=args.reward,
-        keep_best=not args.no_guard,
+        keep=args.keep,
         default_starts=1.0 if args.fixed_starts else Episode.default_starts,
     )
     ppo = PPOConfig(
