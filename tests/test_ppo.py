@@ -220,6 +220,7 @@ def test_two_workers_end_with_the_same_bits():
     tasks = some_tasks()
     one, two = recipe().trainer(tasks, 0), recipe().trainer(tasks, 0, workers=2)
     for _ in range(2):
-        one.update(), two.update()
+        alone, shared = one.update(), two.update()
+        assert shared["core_seconds"] > alone["core_seconds"] / 3  # what the workers compute is counted
     two.close()
     assert states_equal(one.ppo.state_dict(), two.ppo.state_dict())

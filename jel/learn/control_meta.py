@@ -65,16 +65,27 @@ class Job:
         return index, seeds, starts, rng.random() < e.hidden_val, generator
 
 
+@dataclass(frozen=True)
+class Group:
+    """What a group of episodes leaves behind."""
+
+    trajectories: Trajectories
+    returns: Tensor  # (E,)
+    task: int  # index
+    core_seconds: float
+
+
 def run_group(
     job: Job, policy: LstmPolicy, averaged: LstmPolicy | None, tasks: Sequence[BankTask], e: Episode
-) -> tuple[Trajectories, Tensor, int]:
-    """A group's trajectories, the return of each of its episodes (E,), and the index of its task."""
+) -> Group:
+    """Run a group's episodes, in this process."""
+    begun = time.process_time()
     index, seeds, starts, hide, generator = job.draw(tasks, e)
     common = {"generator": generator, "hide_val": hide, "task_index": index, "n_tasks": len(tasks)}
     common["keep"] = 0 if hide else e.keep
     if e.reward == "score":
         t = run(policy, tasks[index], seeds, starts, e.decisions, **common)  # type: ignore[arg-type]
-        return t, t.score, index
+        return Group(t, t.score, index, time.process_time() - begun)
     calm = torch.arange(len(seeds)) >= e.episodes
     t = run(
         policy,
@@ -90,7 +101,7 @@ def run_group(
     curve = t.val[:, calm].nan_to_num(float("inf")).median(dim=1).values
     speed = log_speedup(t.val[-1], total, *fit_power_law(*last_points(curve, total)))
     returns = speed if e.reward == "speedup" else (speed + t.score) / 2
-    return t.of(~calm), returns[~calm], index
+    return Group(t.of(~calm), returns[~calm], index, time.process_time() - begun)
 
 
 class ControlTrainer:
@@ -124,13 +135,14 @@ class ControlTrainer:
         """One update; returns the record for the log."""
         start, n = time.perf_counter(), self.ppo.updates
         jobs = [Job(self.seed, n, g) for g in range(self.episode.groups)]
-        results = self._from_all_ranks(list(self._results(jobs[self.rank :: self.world_size])))
-        collected = time.perf_counter()
-        joined = Trajectories.join([t for t, _, _ in results])
-        returns = torch.cat([r for _, r, _ in results])
-        groups = [i for t, _, i in results for _ in range(t.features.shape[1])]
-        stats = self.ppo.update(joined, returns, groups, self.lr_factor(n / self.updates))
-        kinds = {self.tasks[i].spec["kind"]: round(t.score.mean().item(), 3) for t, _, i in results}
+        groups = self._from_all_ranks(list(self._results(jobs[self.rank :: self.world_size])))
+        collected, begun = time.perf_counter(), time.process_time()
+        joined = Trajectories.join([g.trajectories for g in groups])
+        returns = torch.cat([g.returns for g in groups])
+        task_of = [g.task for g in groups for _ in g.returns]
+        stats = self.ppo.update(joined, returns, task_of, self.lr_factor(n / self.updates))
+        learning = (time.process_time() - begun) * self.world_size  # every rank makes the same update
+        kinds = {self.tasks[g.task].spec["kind"]: round(g.trajectories.score.mean().item(), 3) for g in groups}
         return {
             "update": n,
             "return": returns.mean().item(),
@@ -140,15 +152,16 @@ class ControlTrainer:
             "episodes": joined.features.shape[1],
             "seconds": time.perf_counter() - start,
             "rollout_seconds": collected - start,
+            "core_seconds": sum(g.core_seconds for g in groups) + learning,
         }
 
-    def _results(self, jobs: Sequence[Job]) -> Iterator[tuple[Trajectories, Tensor, int]]:
+    def _results(self, jobs: Sequence[Job]) -> Iterator[Group]:
         averaged = None if self.episode.reward == "score" else self.ppo.averaged
         if self._pool is None:
             return (run_group(job, self.ppo.policy, averaged, self.tasks, self.episode) for job in jobs)
         return self._pool.map(_run_in_worker, [(job, self.ppo.policy, averaged) for job in jobs])
 
-    def _from_all_ranks(self, mine: list) -> list:
+    def _from_all_ranks(self, mine: list[Group]) -> list[Group]:
         """Every rank's results in the order of the jobs, which were dealt out in turn."""
         if self.world_size == 1:
             return mine
@@ -169,6 +182,6 @@ def _begin_worker(tasks: Sequence[BankTask], episode: Episode, threads: int) -> 
     _worker.update(tasks=tasks, episode=episode)
 
 
-def _run_in_worker(work: tuple[Job, LstmPolicy, LstmPolicy | None]) -> tuple[Trajectories, Tensor, int]:
+def _run_in_worker(work: tuple[Job, LstmPolicy, LstmPolicy | None]) -> Group:
     job, policy, averaged = work
     return run_group(job, policy, averaged, _worker["tasks"], _worker["episode"])

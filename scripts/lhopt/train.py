@@ -206,9 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         while trainer.ppo.updates < args.updates and not stop.requested():
             if args.stop_after and trainer.ppo.updates >= args.stop_after:
                 break
-            t0 = time.process_time()
             record = trainer.update()
-            seconds += time.process_time() - t0
+            seconds += record["core_seconds"]
             log.log(step=record.pop("update"), **record)
             print_update(record, trainer.ppo.updates, args.updates, watch.tick(trainer.ppo.updates))
             if writer and trainer.ppo.updates % args.save_every == 0:
@@ -226,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         "flags": kept_flags,
         "updates_done": done,
         "episodes": episodes,
-        "core_seconds": seconds * compute.world_size,
+        "core_seconds": seconds,
         "tasks": [t.spec for t in tasks],
         "held_out_kinds": list(HELD_OUT),
         "environment": environment_record(compute),
@@ -237,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     if done < args.updates:
         print0(f"stopped after update {done}; the same command goes on")
         return REQUEUE_EXIT_CODE
-    log.finish(flags=kept_flags, updates=done, episodes=episodes, core_seconds=seconds * compute.world_size)
+    log.finish(flags=kept_flags, updates=done, episodes=episodes, core_seconds=seconds)
     print0(f"done: {episodes} episodes, {format_seconds(seconds)} of one core; {folder / 'policy.safetensors'}")
     return 0
 
