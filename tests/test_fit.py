@@ -19,6 +19,7 @@ from jel.fitting.base import as_base, knobs_for
 from jel.fitting.compare import candidate, judge
 from jel.fitting.plan import Price, make_plan
 from jel.fitting.state import load_state
+from jel.learn.meta import MetaTrainer
 from tests.jel_parts import QuadraticTask
 from tests.loop_parts import net_task, quadratic
 
@@ -252,6 +253,31 @@ def test_stopped_and_resumed_is_bit_for_bit_undisturbed(tmp_path, method, stop, 
     again, lines = fit(task(), method=method, folder=tmp_path, resume=True)  # finished: nothing is run again
     assert without_time(again) == without_time(expected) and not any(line.startswith("update") for line in lines)
     assert jel.load_schedule(tmp_path / "schedule.json") == result.schedule
+
+
+def test_a_stop_before_the_first_group_is_done(monkeypatch):
+    """Too few updates to compare policies by episodes, and nothing yet to ask the critic about."""
+    update, lines = MetaTrainer.update, []
+
+    def stopped(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(trainer)
+
+    monkeypatch.setattr(MetaTrainer, "update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit(quadratic(0.05), config=FitConfig(updates=3, fewest=3, shortest=10), say=lines.append)
+    assert lines[-1].startswith("stopped after update 0 of 3")
+
+
+@pytest.mark.parametrize("steps", [11, 12, 16])
+def test_the_critic_chooses_at_the_decisions_of_its_episodes(steps):
+    """Lengths that five decisions do not divide have fewer of them, or others than the fifths of a run."""
+    few = FitConfig(updates=3, fewest=3, shortest=steps, wanted_share=1.0, compare_from=(9,))
+    result, _ = fit(quadratic(0.02, steps=steps), config=few, base=100.0)
+    assert result.card["kept"] != "base" and result.card["plan"]["episode_steps"] == steps
+    interval = -(-steps // 5)
+    progress = [row["progress"] for row in result.schedule["decisions"]]
+    assert progress == pytest.approx([first / steps for first in range(0, steps, interval)])
 
 
 def test_a_damaged_state_is_one_clear_line(tmp_path):

@@ -5,8 +5,6 @@ Shapes: N episodes, K decisions, A knobs, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from jel.fitting.compare import Rows
@@ -18,8 +16,8 @@ SHARE = 4  # the best 1 / SHARE of the episodes
 
 
 @torch.no_grad()
-def surest(trainer: MetaTrainer, points: Sequence[float]) -> Rows:
-    """The multipliers at K `points` of progress whose return is highest even if the critic is a little wrong.
+def surest(trainer: MetaTrainer) -> Rows:
+    """The multipliers at an episode's K decisions whose return is highest even if the critic is a little wrong.
 
     Few episodes leave the critic vague, and following its gradient may then lead to where nothing was tried. So the
     policy's mean actions stand beside those of the best episodes and the mean of these, and what has the highest
@@ -27,6 +25,7 @@ def surest(trainer: MetaTrainer, points: Sequence[float]) -> Rows:
     """
     policy, updater = trainer.policy, trainer.updater
     assert isinstance(updater, ActorCriticUpdate)
+    points = [first / trainer.env.task.num_steps(0) for first, _ in trainer.env.decisions(0)]
     seen = updater.state_dict()["episodes"]
     raw, groups, returns = (seen[name] for name in ("raw", "groups", "returns"))
     better = returns - torch.stack([returns[groups == g].mean() for g in groups])  # than its own group's mean

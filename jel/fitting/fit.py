@@ -150,12 +150,13 @@ def fit(
             # ---------------------------------------------------------------------
             # compare
 
-            points = [k / config.decisions for k in range(config.decisions)]
-            if isinstance(trainer, MetaTrainer) and not recipe.compare:
-                learned = surest(trainer, points)
-            else:
-                learned = multiplier_table(trainer.policy, points)
-            ways = [candidate(way, learned, plan.carry(config.carry), knobs) for way in plan.ways]
+            if not stop.requested():
+                if isinstance(trainer, MetaTrainer) and not recipe.compare:
+                    learned = surest(trainer)
+                else:
+                    points = [k / config.decisions for k in range(config.decisions)]
+                    learned = multiplier_table(trainer.policy, points)
+                ways = [candidate(way, learned, plan.carry(config.carry), knobs) for way in plan.ways]
             while not stop.requested() and len(losses) < plan.check_seeds:
                 t0 = time.perf_counter()
                 found = [run_side_by_side(of, FRESH + len(losses), ways, stop.requested) for of in compared]

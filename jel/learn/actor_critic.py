@@ -135,5 +135,6 @@ class ActorCriticUpdate:
         """Continue exactly where `state_dict` was taken. Raises `JelError` if it is that of another policy network."""
         load_learner_state(state["learner"], self.policy, self.optimizer, self.generator)
         self._episodes = {name: t.clone() for name, t in state.get("episodes", {}).items()}
+        self.critic.hyperparameters = state["critic"].clone()  # those of the prior, where there is no episode yet
         if self._episodes:
             self.critic.condition(state["critic"], **self._episodes)
