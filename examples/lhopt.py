@@ -38,9 +38,9 @@ def train(steps: int, controller) -> float:
     def val_loss() -> torch.Tensor:
         return nn.functional.mse_loss(model(val_set), val_set)
 
-    for step in range(steps):
-        if scheduler and step % max(1, steps // 20) == 0:
-            scheduler.observe(val_loss=val_loss())
+    if scheduler:
+        scheduler.observe(val_loss=val_loss())
+    for _ in range(steps):
         x = train_set[torch.randint(len(train_set), (32,))]
         loss = nn.functional.mse_loss(model(x), x)
         optimizer.zero_grad()
@@ -48,6 +48,8 @@ def train(steps: int, controller) -> float:
         optimizer.step()
         if scheduler:
             scheduler.observe(loss=loss)
+            if scheduler.decision_due:  # 19 times a run
+                scheduler.observe(val_loss=val_loss())
             scheduler.step()
     if scheduler:
         scheduler.observe(val_loss=val_loss())

@@ -54,22 +54,23 @@ def main() -> None:
     guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation; the end is their mean
     scheduler = jel.Scheduler(optimizer, steps, args.policy, guard=guard)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_set):,} images, {steps:,} steps")
-    step = 0
+    val_loss = lambda: evaluate(model, val_loader, args.device, args.val_batches)[0]
+    scheduler.observe(val_loss=val_loss())
     for epoch in range(args.epochs):
         for x, y in loader:
-            if step % max(1, steps // 20) == 0:
-                scheduler.observe(val_loss=evaluate(model, val_loader, args.device, args.val_batches)[0])
             loss = F.cross_entropy(model(x.to(args.device)), y.to(args.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.observe(loss=loss)
+            if scheduler.decision_due:  # 19 times a run
+                scheduler.observe(val_loss=val_loss())
             scheduler.step()
-            step += 1
         val, accuracy = evaluate(model, val_loader, args.device, len(val_loader))
         rate = optimizer.param_groups[0]["lr"]
         print(f"epoch {epoch + 1}: val loss {val:.4f}, accuracy {100 * accuracy:.2f}%, lr {rate:.2e}", flush=True)
-    guard.load_best(lambda: evaluate(model, val_loader, args.device, args.val_batches)[0])
+    scheduler.observe(val_loss=val_loss())
+    guard.load_best(val_loss)
     val, accuracy = evaluate(model, val_loader, args.device, len(val_loader))
     print(f"mean of the best on validation: val loss {val:.4f}, accuracy {100 * accuracy:.2f}%")
 

@@ -52,19 +52,19 @@ def main() -> None:
     guard = jel.ValidationGuard.of(model)  # keeps the best weights on validation; the end is their mean
     scheduler = jel.Scheduler(optimizer, steps, args.policy, guard=guard)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {rows.numel():,} words, {steps:,} steps")
+    val_loss = lambda: evaluate(model, held_out[: args.val_rows], args.batch)
+    scheduler.observe(val_loss=val_loss())
     for step, at in enumerate(order):
-        if step % max(1, steps // 20) == 0:
-            val = evaluate(model, held_out[: args.val_rows], args.batch)
-            scheduler.observe(val_loss=val)
-            rate = optimizer.param_groups[0]["lr"]
-            print(f"step {step}: val perplexity {math.exp(val):.2f}, lr {rate:.2e}", flush=True)
         loss = loss_of(model, rows[at.to(args.device)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.observe(loss=loss)
+        if scheduler.decision_due:  # 19 times a run
+            scheduler.observe(val_loss=(val := val_loss()))
+            rate = optimizer.param_groups[0]["lr"]
+            print(f"step {step + 1}: val perplexity {math.exp(val):.2f}, lr {rate:.2e}", flush=True)
         scheduler.step()
-    val_loss = lambda: evaluate(model, held_out[: args.val_rows], args.batch)
     scheduler.observe(val_loss=val_loss())
     guard.load_best(val_loss)
     print(f"end: val perplexity {math.exp(evaluate(model, held_out, args.batch)):.2f}")

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jel.contract import Contract
 from jel.controller import PolicyController
 from jel.errors import JelError
 from jel.files import read_json, write_files
@@ -104,17 +105,17 @@ def _add_show(commands: Any) -> None:
 def _show(args: argparse.Namespace) -> None:
     schedule = schedule_of(args.source, args.points)
     print(f"{schedule.get('source', 'schedule')}, {len(schedule['decisions'])} decisions")
-    contract = schedule.get("contract")
+    contract = None if schedule.get("contract") is None else Contract.from_json(schedule["contract"])
     if contract is None:
-        print("contract: none; only its shape can be used (mode='shape')")
-    elif not contract["groups"]:
+        print("contract: none; only its shape can be used (--mode shape)")
+    elif not contract.groups:
         print("contract: any optimizer")
     else:
         groups = "; ".join(
-            f"{g['name']} {g['kind']} " + ", ".join(f"{k} {v:g}" for k, v in g["base"].items())
-            for g in contract["groups"]
+            f"{g.name} {g.kind} " + ", ".join(f"{k} {v:g}" for k, v in g.base.items()) for g in contract.groups
         )
-        print(f"contract: {groups}; base schedule {contract['schedule']}; learned on {contract['steps']} steps")
+        learned = "" if contract.steps is None else f"; learned on {contract.steps} steps"
+        print(f"contract: {groups}; base schedule {contract.schedule or 'not said'}{learned}")
     print(as_text(schedule))
     if args.png:
         save_picture(schedule, args.png)

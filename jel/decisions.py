@@ -96,3 +96,16 @@ def check_bounds(bounds: Any) -> None:
             good = False
         if not good:
             raise JelError(f"bounds are {bounds!r}; give (low, high) above 0, or a dict of them by hyperparameter")
+
+
+def check_bound_names(
+    bounds: Mapping[str, Any], names: Sequence[str], groups: Sequence[Mapping[str, Any]], wanted: Held | None = None
+) -> None:
+    """Raise `JelError` for bounds that would hold nothing: of what no group has, or has set under another name."""
+    for name in bounds:
+        if not any(has(group, name) for group in groups):
+            raise JelError(f"bounds= has {name}, which no param group of this optimizer has")
+        for label, group, own in zip(names, groups, wanted or []):
+            for key in own.keys() - bounds.keys():
+                if has(group, name) and target(group, key) == target(group, name):
+                    raise JelError(f"bounds= has {name}, which is set as {key} of group {label}: bound that")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.optim import Optimizer
 
 from jel.errors import JelError
 from jel.power_law import PowerLaw, fit_power_law
@@ -77,6 +78,7 @@ class Guard:
         self._base = 0.0  # the same average of the base's, so that both lag alike
         self._weight = 0.0  # of what is in the two, out of 1
         self._strikes = 0
+        self._snapshots = []
         self.tripped: str | None = None  # the line that was printed
 
     def check_length(self) -> None:
@@ -187,6 +189,11 @@ class Guard:
             "tripped": self.tripped,
         }
 
+    def check_state(self, state: Any) -> None:
+        """Raise `JelError` unless `load_state_dict` takes it: the state of a guard of this kind."""
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
+            raise JelError(f"the saved run had another kind of guard than {type(self).__name__}")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the guard that gave the state would have."""
         self._sum, self._steps = float(state["sum"]), [int(step) for step in state["steps"]]
@@ -194,3 +201,11 @@ class Guard:
         self._law = PowerLaw(*map(float, state["law"])) if state["law"] is not None else None
         self._loss, self._base, self._weight = map(float, state["averages"])
         self._strikes, self.tripped = int(state["strikes"]), state["tripped"]
+
+
+def forget_broken(optimizer: Optimizer) -> None:
+    """Empty the optimizer's state of every parameter for which it holds a number that is not finite."""
+    for state in optimizer.state.values():
+        tensors = [t for t in state.values() if isinstance(t, Tensor) and t.is_floating_point()]
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            state.clear()

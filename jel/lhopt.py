@@ -88,6 +88,8 @@ class LhoptController(Controller):
         self._window = total_steps // self.decisions
         return sorted({round(k * total_steps / self.decisions) for k in range(self.decisions)})
 
+    watches = True
+
     def attach(self, optimizer: Optimizer) -> None:
         """Begin a run of this optimizer, at the values that it has now."""
         self.detach()

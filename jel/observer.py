@@ -61,6 +61,7 @@ class Observer:
         self._cut: dict[int, tuple[list[int], Pieces]] = {}
         self._held: dict[int, list[Tensor]] = {}  # a group's weights before a measured step, in pieces
         self._anchor: list[list[Tensor]] = [[] for _ in range(groups)]  # its weights at the previous decision
+        self._anchored: list[list[int]] = [[] for _ in range(groups)]  # of which of its parameters they are
         self._val_loss: Any = NAN
         self._grad_norm: Any = None
         self._handles = []
@@ -290,9 +291,12 @@ class Observer:
         """|p| and |p - p at the previous decision|, each (E,); the present p is kept for the next decision."""
         squares, moved = [], []
         for i, group in enumerate(self.optimizer.param_groups):
-            params = [p for p in group["params"] if p.requires_grad]
+            trained = _trained(group)
+            params = [group["params"][k] for k in trained]
             pieces = Pieces(params, self.runs)
             rows, anchor = pieces.rows(params), self._anchor[i]
+            if trained != self._anchored[i]:  # some were frozen or thawed: this group's way begins anew
+                anchor, self._anchored[i] = [], trained
             for j, piece in enumerate(pieces):
                 p = pieces.take(rows, piece)
                 squares.append(inner(p, p))
@@ -324,6 +328,7 @@ class Observer:
             "gathered": [[float(x) for x in pair] for pair in self._gathered],
             "own": {f"{i}.{k}": t.clone() for (i, k), t in self._own.items()},
             "anchor": [[t.clone() for t in pieces] for pieces in self._anchor],
+            "anchored": [list(trained) for trained in self._anchored],
             "window": {"steps": self.steps, "losses": self.losses, "loss_sum": loss, "val_loss": val},
             "rows": [t.cpu() for t in self._rows],
         }
@@ -333,14 +338,16 @@ class Observer:
         groups = self.optimizer.param_groups
         if len(state["kinds"]) != len(groups):
             raise JelError(f"the saved observer watched {len(state['kinds'])} param groups, this one {len(groups)}")
-        anchors = []
-        for group, saved in zip(groups, state["anchor"]):
-            params = [p for p in group["params"] if p.requires_grad]
+        anchors, anchored = [], [list(trained) for trained in state["anchored"]]
+        for group, saved, trained in zip(groups, state["anchor"], anchored):
+            if trained and trained[-1] >= len(group["params"]):
+                raise JelError("the saved observer watched parameters of other sizes")
+            params = [group["params"][k] for k in trained]
             pieces = Pieces(params, self.runs)
             if saved and sum(t.shape[1] for t in saved) != pieces.elements:
                 raise JelError("the saved observer watched parameters of other sizes")
             anchors.append([t.to(params[piece[0][0]].device, copy=True) for t, piece in zip(saved, pieces)])
-        self._anchor = anchors
+        self._anchor, self._anchored = anchors, anchored
         self.memory = {name: t.clone() for name, t in state["memory"].items()}
         self._kinds = list(state["kinds"])
         self._gathered = [(first, second) for first, second in state["gathered"]]
@@ -353,6 +360,10 @@ class Observer:
         self.steps, self.losses = window["steps"], window["losses"]
         self._loss_sum, self._val_loss = window["loss_sum"].clone(), window["val_loss"].clone()
         self._rows = [t.clone() for t in state["rows"]]
+
+
+def _trained(group: dict) -> list[int]:
+    return [k for k, p in enumerate(group["params"]) if p.requires_grad]
 
 
 def _with_gradients(group: dict) -> list[int]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from jel.hyperparameters import group_names, kind_of, live
+from jel.errors import JelError
+from jel.hyperparameters import FROM_ONE, group_names, kind_of, live
 from jel.scheduler import Scheduler, unwrapped
 
 
@@ -28,8 +29,8 @@ class Effect:
 def preview(optimizer: Optimizer, total_steps: int, schedule: Any, inner: Any = None, **options: Any) -> list[Effect]:
     """Run a `Scheduler` with these arguments over all T steps, without training, and give the optimizer back.
 
-    With `inner` the base moves too, and `inner` is used up. Raises `JelError` for what the scheduler refuses, feedback
-    included.
+    With `inner` the base moves too, and `inner` is used up. Raises `JelError` for what the scheduler refuses, and for a
+    controller that watches the run.
     """
     optimizer = unwrapped(optimizer)
     names, groups = group_names(optimizer), optimizer.param_groups
@@ -37,6 +38,8 @@ def preview(optimizer: Optimizer, total_steps: int, schedule: Any, inner: Any = 
     scheduler = Scheduler(optimizer, total_steps, schedule, inner, **{**options, "count": "calls"})
     changes: dict[tuple[int, str], list[tuple[int, float]]] = {}
     try:
+        if getattr(scheduler.controller, "watches", False):
+            raise JelError("this controller watches the run, so what it will do is not known before")
         for step in range(total_steps):
             with warnings.catch_warnings():  # an inner scheduler misses the optimizer's steps
                 warnings.simplefilter("ignore")
@@ -51,7 +54,12 @@ def preview(optimizer: Optimizer, total_steps: int, schedule: Any, inner: Any = 
         scheduler.release()
     return [
         Effect(
-            names[i], kind_of(optimizer, groups[i]), len(groups[i]["params"]), key, float(live(base[i], key)), tuple(c)
+            names[i],
+            kind_of(optimizer, groups[i]),
+            len(groups[i]["params"]),
+            key.removeprefix(FROM_ONE),  # the value is that of the momentum itself
+            float(live(base[i], key)),
+            tuple(c),
         )
         for (i, key), c in sorted(changes.items())
     ]

@@ -13,7 +13,7 @@ import math
 import warnings
 import weakref
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +23,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from jel.base_values import BaseValues, first_rates
 from jel.contract import CONSTANT
 from jel.controller import Decision, as_decision
-from jel.decisions import BOUNDS, MAX_CHANGE, Held, bounded, check_bounds, multipliers_of_groups
+from jel.decisions import BOUNDS, MAX_CHANGE, Held, bounded, check_bound_names, check_bounds, multipliers_of_groups
 from jel.errors import JelError
 from jel.features import OBSERVATIONS
-from jel.guard import Guard
+from jel.guard import Guard, forget_broken
 from jel.hyperparameters import copied, group_names, has, initial, live
 from jel.recording import recorded_schedule
 from jel.schedule import ScheduleController
@@ -53,7 +53,8 @@ class Scheduler(LRScheduler):
         divides them by their largest, so that the base value stays the peak.
     - `base_schedule`: what the contract calls the base schedule; default "constant", or the class of `inner`.
     - `bounds`: (low, high) of every multiplier, or by hyperparameter; default: the schedule's own, else (0.01, 100).
-    - `max_change`: the largest factor between a group's multipliers from one decision to the next.
+    - `max_change`: the largest factor between a group's multipliers from one decision to the next; default: 10 for a
+        controller, any for a schedule, of which all is known and checked here.
     - `interval`: optimizer steps between a controller's decisions; default T / 20. A schedule has decision points.
     - `count`: "optimizer" counts optimizer steps, however often `step` is called; "calls" counts calls of `step`, for
         optimizer steps that Python does not see, as in a captured graph.
@@ -72,20 +73,22 @@ class Scheduler(LRScheduler):
         mode: str = "absolute",
         base_schedule: str | None = None,
         bounds: Mapping[str, tuple[float, float]] | tuple[float, float] | None = None,
-        max_change: float = MAX_CHANGE,
+        max_change: float | None = None,
         interval: int | None = None,
         count: str = "optimizer",
         guard: Guard | bool = False,
     ):
         optimizer = unwrapped(optimizer)
         if type(total_steps) is not int or total_steps < 1:
-            raise JelError(f"total_steps is {total_steps!r}; it must be the number of optimizer steps of the run")
+            raise JelError(f"total_steps is {total_steps!r}; it must be the number of optimizer steps, an int above 0")
         if interval is not None and (type(interval) is not int or interval < 1):
             raise JelError(f"interval is {interval!r}; it must be a number of optimizer steps")
         if count not in ("optimizer", "calls"):
             raise JelError(f"count is {count!r}; it must be 'optimizer' or 'calls'")
-        if not max_change > 1:
+        if max_change is not None and not (isinstance(max_change, (int, float)) and max_change > 1):
             raise JelError(f"max_change is {max_change!r}; it must be a factor above 1")
+        if not isinstance(guard, (bool, Guard)):
+            raise JelError(f"guard is {guard!r}; give True, or a guard such as jel.ValidationGuard.of(model)")
         check_bounds(bounds)
         _check_free(optimizer, inner)
         source = Source(schedule_or_controller, mode, optimizer)
@@ -98,7 +101,7 @@ class Scheduler(LRScheduler):
         self._base_schedule = base_schedule
         self.guard = guard if isinstance(guard, Guard) else Guard() if guard else None
         self.optimizer, self.controller, self._source = optimizer, source.controller, source
-        self._bounds, self._max_change = bounds, max_change
+        self._bounds, self._max_change = bounds, max_change or MAX_CHANGE
         self._decision_steps = source.decision_steps(total_steps, interval)
         self._names = group_names(optimizer)
         self._observed: dict[str, float | Tensor] = {}
@@ -106,7 +109,10 @@ class Scheduler(LRScheduler):
         self._decided: list[tuple[int, Held]] = []
         self._decided_at, self._taken, self._idle = -1, 0, 0
         if isinstance(self.controller, ScheduleController):  # all that it will ever ask for is known: check it now
+            self._max_change = max_change or math.inf
             self._check_decisions(self.controller.decisions)
+        if isinstance(bounds, Mapping):
+            check_bound_names(bounds, self._names, optimizer.param_groups)
         if self.guard:
             self.guard.start(total_steps, source.base_curve)
             self.guard.check_length()
@@ -141,7 +147,7 @@ class Scheduler(LRScheduler):
         if unknown := observations.keys() - GIVEN:
             raise JelError(f"observe() takes loss, {', '.join(sorted(GIVEN))}, and not {', '.join(sorted(unknown))}")
         for name, value in observations.items():
-            self._observed[name] = value.detach() if isinstance(value, Tensor) else float(value)
+            self._observed[name] = _scalar(name, value)
         tell = getattr(self.controller, "observe", None)  # of one that keeps count of its own; it may decide anew
         if tell is not None and tell(**observations):
             self._wanted = self._decide(self.last_epoch, None)
@@ -149,9 +155,9 @@ class Scheduler(LRScheduler):
         if self.guard and "train_loss" in observations:
             self.guard.observe(self.last_epoch + 1, self._observed["train_loss"])
         if self.guard and "val_loss" in observations:
-            self.guard.validated(
-                self._taken if self.count == "optimizer" else self.last_epoch, observations["val_loss"]
-            )
+            now = self._taken if self.count == "optimizer" else self.last_epoch
+            self._guarded(lambda guard: guard.validated(now, self._observed["val_loss"]))
+            self._write()  # going back may have brought other values with it
         if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
             self._wanted, self._decided_at = self._decide(self.last_epoch, None), self.last_epoch
             self._write()
@@ -163,27 +169,33 @@ class Scheduler(LRScheduler):
         controller needs and was not given, and for param groups that have changed.
         """
         if args and self.inner is None:  # torch's deprecated way to go to a step
-            self._restart(int(args[0]))
+            if type(args[0]) is not int:
+                raise JelError(f"step({args[0]!r}), and there is no inner scheduler: tell a loss to observe()")
+            self._restart(args[0])
             return
-        groups = self._groups()
-        taken = self._taken if self.count == "optimizer" else self.last_epoch + 1
+        groups, taken = self._groups(), self._steps_taken
         if taken > self.total_steps:
             raise JelError(f"step {taken} is past total_steps, {self.total_steps}")
         self._warn_if_idle(taken)
-        if self.guard:
+        new = taken > self.last_epoch  # else `step` is called more often than the optimizer steps
+        if self.guard and new:
             self.guard.check_told(taken)
-        changed = self._base.follow(groups, self._held())
-        due = self._decision_steps[bisect_right(self._decision_steps, taken) - 1] > self._decided_at
+        changed, due = self._base.follow(groups, self._held()), self.decision_due
         wanted = self._decide(taken, self._wanted if self._decided_at >= 0 else None) if due else self._wanted
-        if self.inner is not None:
+        if self.inner is not None and (new or args):  # what has arguments, such as a metric, is not ours to count
             self._base.step_inner(groups, lambda: self.inner.step(*args))  # type: ignore[union-attr]
         self.last_epoch = self._taken = taken
         self._wanted, self._decided_at = wanted, taken if due else self._decided_at
         self._step_count += 1
-        if self.guard:
-            self.guard.judge(taken)
+        if new:
+            self._guarded(lambda guard: guard.judge(taken))
         if changed or due or self.inner is not None or self.guard:  # a guard's snapshot may have brought others back
             self._write()
+
+    @property
+    def decision_due(self) -> bool:
+        """Whether the next `step()` decides: between `optimizer.step()` and it, the time to measure what that takes."""
+        return self._decision_steps[bisect_right(self._decision_steps, self._steps_taken) - 1] > self._decided_at
 
     @property
     def multipliers(self) -> dict[str, dict[str, float]]:
@@ -241,12 +253,17 @@ class Scheduler(LRScheduler):
             raise JelError("this is not the state of a jel.Scheduler")
         if state["schedule"] != self._source.id:
             raise JelError("the saved run followed another schedule: resume with the schedule that it began with")
+        if missing := {"total_steps", "multipliers", "observed", "base", "decided", "controller"} - state.keys():
+            raise JelError(f"the saved state is malformed (no {', '.join(sorted(missing))})")
         if state["total_steps"] != self.total_steps:
             raise JelError(f"the saved run has total_steps {state['total_steps']}, this scheduler {self.total_steps}")
         if len(state["multipliers"]) != len(self._groups()):
             raise JelError(f"the saved run has {len(state['multipliers'])} param groups, this one {len(self._names)}")
-        if (state["inner"] is None) != (self.inner is None):
-            raise JelError("the saved run had an inner scheduler and this one has none, or the other way round")
+        for part, what in (("inner", "an inner scheduler"), ("guard", "a guard")):
+            if (state.get(part) is None) != (getattr(self, part) is None):
+                raise JelError(f"the saved run had {what} and this one has none, or the other way round")
+        if self.guard is not None:
+            self.guard.check_state(state["guard"])
         try:  # all of it is read before any of it is used
             numbers = {key: int(state[key]) for key in ("last_epoch", "taken", "step_count", "decided_at")}
             wanted = [{str(k): float(v) for k, v in own.items()} for own in state["multipliers"]]
@@ -309,6 +326,10 @@ class Scheduler(LRScheduler):
                             f"bounds {BOUNDS[0]:g}..{BOUNDS[1]:g}; give bounds= to cut it there or to allow more"
                         )
 
+    @property
+    def _steps_taken(self) -> int:
+        return self._taken if self.count == "optimizer" else self.last_epoch + 1
+
     def _first_decision(self) -> Held:
         if self._missing() - AT_START:
             return self._wanted  # until `observe` is told: the base
@@ -334,9 +355,20 @@ class Scheduler(LRScheduler):
                 raise JelError("the controller asks to go back, and there is no guard with a snapshot to go back to")
             self.guard.go_back(step - decision.go_back)
         wanted = multipliers_of_groups(decision.multipliers, self._names, self._groups())
+        if isinstance(self._bounds, Mapping):
+            check_bound_names(self._bounds, self._names, self._groups(), wanted)
         wanted = bounded(wanted, before, self._names, self._source.knobs, self._bounds, self._max_change)
         self._decided = [(at, held) for at, held in self._decided if at < step] + [(step, wanted)]
         return wanted
+
+    def _guarded(self, look: Callable[[Guard], None]) -> None:
+        """Have the guard look; where it trips, momenta that are not finite go, or the weights would not stay so."""
+        if self.guard is None:
+            return
+        before = self.guard.tripped
+        look(self.guard)
+        if self.guard.tripped is not before:
+            forget_broken(self.optimizer)
 
     def _held(self) -> Held:
         if self.guard and self.guard.holds_base(self.last_epoch):
@@ -375,6 +407,17 @@ def unwrapped(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise JelError(f"{type(optimizer).__name__} is no torch optimizer")
     return optimizer
+
+
+def _scalar(name: str, value: Any) -> float | Tensor:
+    """One number, of which a tensor stays on its device. Raises `JelError` for what is none."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(())
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        what = f"a tensor of {value.numel()} elements" if isinstance(value, Tensor) else repr(value)
+        raise JelError(f"observe() was told {name} {what}; it takes one number") from None
 
 
 def _counter(scheduler: weakref.ref[Scheduler]) -> Any:

@@ -108,13 +108,13 @@ class ValidationGuard(Guard):
         """Put the best weights back, at the end of a run; the step of the best copy, or None if there is none.
 
         With `validate`, which returns the validation loss of the weights as loaded, it is the mean of the copies (a
-        uniform soup: Wortsman et al., arXiv 2203.05482), unless that validates worse than every one of them.
+        uniform soup: Wortsman et al., arXiv 2203.05482), unless that validates worse than the second best of them.
         """
         if not self._kept or self._load is None:
             return None
         if validate is not None and len(self._kept) > 1:
             self._load(mean_of([kept for _, _, kept in self._kept]))
-            if float(validate()) <= self._kept[-1][0]:
+            if float(validate()) <= self._kept[1][0]:
                 return self.best_step
         self._load(self._kept[0][2])
         return self.best_step

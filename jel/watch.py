@@ -140,7 +140,7 @@ def _range(values: Sequence[float], room: float = 0.0) -> tuple[float, float]:
 def _sampled(curve: Curve, left: float, right: float, columns: int) -> list[float | None]:
     """The curve's value in each column: the last point at or before it; None before its first and after its last."""
     values: list[float | None] = [None] * columns
-    at = [round((x - left) / (right - left) * (columns - 1)) for x, _ in curve]
+    at = [min(max(round((x - left) / (right - left) * (columns - 1)), 0), columns - 1) for x, _ in curve]
     for (_, y), first, end in zip(curve, at, [*at[1:], at[-1] + 1]):
         for column in range(first, max(end, first + 1)):
             values[column] = y
@@ -211,7 +211,7 @@ def run_command(args: argparse.Namespace, out: Callable[[str], None] = print) ->
     run, drawn = Path(args.run), None
     try:
         while True:
-            finished = args.once or (run / "result.json").exists()
+            finished = args.once or ((run if run.is_dir() else run.parent) / "result.json").exists()
             records = read_records(run)
             if len(records) != drawn:
                 drawn = len(records)

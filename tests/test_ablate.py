@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import pytest
 
 from jel import export_schedule, load_schedule, save_policy
+from nanochat.files import read_json
 from scripts import base_train
-from scripts.ablate.__main__ import held_mean, policy_path
+from scripts.ablate.__main__ import held_mean, policy_path, record
 from scripts.ablate.rows import CARRIED, TABLES, Row
 from scripts.meta_flags import check_flags, flags
 from scripts.meta_train import make_recipe
 from scripts.presets import parse_with_preset
+from scripts.report.costs import tuning_cost
+from scripts.report.evidence import read_evidence
 from scripts.sweep.settings import METHODS
 from tests.jel_parts import lively_policy
+from tests.report_runs import SEEDS, add_everything, write
 
 ROWS = {name: row for rows in TABLES.values() for name, row in rows.items()}
 
@@ -58,3 +63,33 @@ def test_the_held_mean_is_the_geometric_mean_over_progress(tmp_path):
 def test_where_a_row_finds_its_policy(tmp_path):
     assert policy_path(tmp_path, Row("x"), 3) == tmp_path / "meta-s3" / "policy"
     assert policy_path(tmp_path, Row("x", policy_of="other"), 3) == tmp_path / "ablate" / "other" / "meta-s3" / "policy"
+
+
+def test_a_row_is_recorded_with_its_own_price_and_jels_difference(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folder = tmp_path / "runs" / "tiny"
+    add_everything(folder)
+    meta = lambda seed: read_json(folder / f"meta-s{seed}" / "result.json", "result")
+    jel = {s: read_json(folder / f"jel-s{s}" / "result.json", "result")["test_bpb"] for s in SEEDS}
+    names = "no-momentum", "own-mean", "depth-x2-tuned", "depth-x2-untouched"
+    for name, worse in zip(names, (0.1, 0.0, 1.0, 2.0)):
+        for s in SEEDS:
+            own = folder / "ablate" / name
+            write(own / f"s{s}" / "result.json", {"test_bpb": jel[s] + worse * (1 + s / 100)})
+            write(own / f"meta-s{s}" / "result.json", {"flops": 2 * meta(s)["flops"]})
+    write(
+        folder / "evidence" / "ablations.json",
+        [{"name": "a former row", "test_bpb": [2.0], "run_equivalents": 1.0, "verdict": "-"}],
+    )
+    args = argparse.Namespace(preset="tiny", seeds=list(SEEDS))
+    for table, name in (("ablations", "no-momentum"), ("equal_budget", "own-mean"), ("transfer", "depth-x2-tuned")):
+        record(args, folder, table, name)
+    record(args, folder, "transfer", "depth-x2-untouched")
+    rows = {r["name"]: r for t in TABLES for r in read_json(folder / "evidence" / f"{t}.json", "table")}
+    found = [rows[ROWS[name].what] for name in names]
+    once = found[1]["run_equivalents"]
+    assert found[0]["run_equivalents"] == pytest.approx(2 * once) and found[3]["run_equivalents"] == 0.0
+    assert found[2]["run_equivalents"] == tuning_cost(read_evidence(tmp_path / "runs", "tiny"), "hand_tuned") != once
+    assert found[0]["difference"] == pytest.approx(-0.1 * (1 + sum(SEEDS) / len(SEEDS) / 100)) and found[0]["interval"]
+    assert found[1]["difference"] == 0.0 and found[2]["difference"] is None
+    assert "a former row" in rows

@@ -107,6 +107,10 @@ def test_a_preview_is_the_run_and_gives_the_optimizer_back():
     watching.contract = jel.ANY
     with pytest.raises(jel.JelError, match="observes what it was not told"):
         preview(adamw(make_model()), 8, watching)
+    free = adamw(make_model())
+    with pytest.raises(jel.JelError, match="watches the run"):
+        preview(free, 8, "lhopt")
+    jel.Scheduler(free, 8, "lhopt")  # nothing was left behind
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,10 @@ def test_a_worse_run_goes_back_to_the_base_in_one_line(known, capsys):
 
 
 def test_a_single_bad_comparison_is_noise():
-    losses = [curve(step) * (3.0 if step == 200 else 1.0) for step in range(T)]
-    guard = jel.Guard(smooth=0.0)  # the comparison at step 201 would see it alone
-    assert 0.05 not in run(losses[:200] + losses[200:], guard)[40:]
+    """Comparisons are every 5 steps, and with smooth=0 each sees one loss: one of them sees this one."""
+    losses = [curve(step) * (3.0 if step == 204 else 1.0) for step in range(T)]
+    assert 0.05 not in run(losses, jel.Guard(smooth=0.0))[40:]
+    assert 0.05 in run(losses, jel.Guard(smooth=0.0, patience=1))[40:]
 
 
 def test_a_divergence_goes_back_to_the_snapshot(capsys):

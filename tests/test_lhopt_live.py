@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from dataclasses import replace
@@ -368,13 +369,50 @@ def test_a_guard_of_a_model_keeps_parameters_and_buffers():
     assert not same(model, best)
     assert guard.load_best() == 1 and same(model, best) and guard.patience == 5
     told = iter((1.2, 1.3))
-    assert guard.load_best(lambda: next(told)) == 1  # the mean validates as well as the worse of the two
+    assert guard.load_best(lambda: next(told)) == 1  # the mean validates as well as the second best
     for name, value in model.state_dict().items():
         mean = (best[name] + later[name]) / 2 if value.is_floating_point() else best[name]
         assert torch.equal(value, mean)
     assert guard.load_best(lambda: next(told)) == 1 and same(model, best)  # and here it does not
     with pytest.raises(StopIteration):
         next(told)
+
+
+@pytest.mark.parametrize("told", ["loss", "val_loss"])
+def test_a_batch_that_is_not_a_number_costs_a_window_and_not_the_run(told):
+    """The momenta take it up as well: going back to the weights alone would lose them at the next step."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    guard = jel.ValidationGuard.of(model, every=1)
+    scheduler = jel.Scheduler(optimizer, 60, "lhopt", guard=guard)
+    x = torch.randn(60, 16, 4)
+    for step in range(60):
+        loss = (model(x[step] * (math.nan if step == 30 else 1.0)) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.observe(loss=loss if told == "loss" else 1.0, val_loss=(model(x[0]) - 1).square().mean())
+        scheduler.step()
+    assert guard.tripped and loss.isfinite() and loss < 1
+    assert optimizer.param_groups[0]["lr"] == 1e-3 and scheduler.multipliers["0"]["lr"] == 1.0
+
+
+def test_going_back_with_the_optimizers_own_state_still_holds_the_base():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save = lambda: copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    guard = jel.ValidationGuard(save, lambda kept: (model.load_state_dict(kept[0]), optimizer.load_state_dict(kept[1])))
+    scheduler = jel.Scheduler(optimizer, 40, "lhopt", guard=guard)
+    for step in range(30):
+        loss = (model(torch.randn(16, 4)) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.observe(loss=loss, val_loss=math.nan if step == 20 else 1.0 / (step + 1))
+        scheduler.step()
+    assert guard.tripped and scheduler.multipliers["0"]["lr"] == 1.0
+    assert optimizer.param_groups[0]["lr"] == 1e-3 and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_only_so_many_copies_are_kept_and_those_of_the_best():

@@ -254,6 +254,22 @@ def test_what_cannot_be_watched():
         other.load_state_dict(one.state_dict())
 
 
+def test_parameters_may_be_frozen_and_thawed():
+    """The way since the last decision is then unknown for that group, for one decision; a state goes through it too."""
+    params, none = parameters(), torch.zeros(0)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    observer = Observer(optimizer)
+    for step, frozen in enumerate((0, 2, 0, 0)):
+        for k, p in enumerate(params):
+            p.requires_grad_(k >= frozen)
+            p.grad = torch.ones_like(p) if k >= frozen else None
+        optimizer.step()
+        assert observer.look(step / 4, none, none).isfinite().all()
+        other = Observer(torch.optim.SGD([p.detach().clone().requires_grad_() for p in params], lr=0.1))
+        other.load_state_dict(observer.state_dict())
+        assert torch.equal(other._anchor[0][0], observer._anchor[0][0])
+
+
 def test_close_takes_the_hooks_away():
     params = parameters()
     optimizer = torch.optim.AdamW(params)

@@ -216,6 +216,76 @@ def test_it_counts_optimizer_steps_however_often_it_is_called(extra):
             scheduler.step()
 
 
+def test_guard_and_inner_count_optimizer_steps_too():
+    """Four calls a step, as one: the same rates, and as many bad comparisons until the guard trips."""
+
+    def trained(calls):
+        optimizer = sgd(make_model())
+        inner = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, T)
+        guard = jel.Guard(curve=[(0, 1.0), (T, 1.0)], smooth=0.0, every=1, patience=T - 2)
+        scheduler = jel.Scheduler(optimizer, T, jel.schedules.constant(2.0), inner=inner, mode="shape", guard=guard)
+        rates, tripped = [], []
+        for _ in range(T):
+            optimizer.step()
+            scheduler.observe(loss=9.0)
+            for _ in range(calls):
+                scheduler.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+            tripped.append(guard.tripped is not None)
+        return rates, tripped
+
+    once, often = trained(1), trained(4)
+    assert once == often and once[1].index(True) == T - 3
+
+
+def test_it_says_when_a_decision_is_due():
+    optimizer = sgd(make_model())
+    halves = jel.schedules.piecewise([(0.0, {"*": {"lr": 1.0}}), (0.5, {"*": {"lr": 2.0}})])
+    scheduler = jel.Scheduler(optimizer, T, halves)
+    due = []
+    for _ in range(T):
+        assert not scheduler.decision_due  # before the optimizer's step nothing is
+        optimizer.step()
+        due.append(scheduler.decision_due)
+        scheduler.step()
+    assert [step + 1 for step in range(T) if due[step]] == [T // 2]
+    with pytest.raises(jel.JelError, match="tell a loss to observe"):
+        scheduler.step(0.7)
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ({"loss": torch.zeros(3)}, "train_loss a tensor of 3 elements; it takes one number"),
+        ({"val_loss": None}, "val_loss None"),
+        ({"loss": "a"}, "train_loss 'a'"),
+    ],
+)
+def test_what_is_told_must_be_a_number(told, message):
+    scheduler = jel.Scheduler(sgd(make_model()), T, jel.schedules.constant(2.0))
+    with pytest.raises(jel.JelError, match=message):
+        scheduler.observe(**told)
+
+
+def test_a_guard_is_a_guard_and_resumes_under_its_like():
+    with pytest.raises(jel.JelError, match="guard is <class"):
+        jel.Scheduler(sgd(make_model()), T, jel.schedules.constant(2.0), guard=jel.ValidationGuard)
+    model = make_model()
+    guards = [None, jel.Guard(curve=[(0, 1.0)]), jel.ValidationGuard.of(model)]
+    make = lambda guard: jel.Scheduler(sgd(model), T, jel.schedules.constant(2.0), guard=guard or False)
+    states = [make(guard).state_dict() for guard in guards]
+    for i, state in enumerate(states):
+        for k, guard in enumerate(guards):
+            scheduler = make(guard)
+            before = scheduler.state_dict()
+            if i == k:
+                scheduler.load_state_dict(state)
+                continue
+            with pytest.raises(jel.JelError, match="guard"):
+                scheduler.load_state_dict(state)
+            assert scheduler.state_dict() == before
+
+
 def test_a_wrapped_optimizer_is_unwrapped():
     class Wrapper:
         def __init__(self, optimizer):

@@ -54,8 +54,8 @@ class Unknowing:
 CONTRACT = Contract.of(adamw(make_model()), T)
 REFUSED = {
     "no optimizer": (lambda o: (make_model(), T, TWICE), {}, "is no torch optimizer"),
-    "no length": (lambda o: (o, 0, TWICE), {}, "number of optimizer steps of the run"),
-    "a length in halves": (lambda o: (o, 1.5, TWICE), {}, "number of optimizer steps of the run"),
+    "no length": (lambda o: (o, 0, TWICE), {}, "number of optimizer steps"),
+    "a length in halves": (lambda o: (o, 1.5, TWICE), {}, "number of optimizer steps"),
     "no schedule": (lambda o: (o, T, None), {}, "has no method decide"),
     "a name of nothing": (lambda o: (o, T, "adam"), {}, "adam is no schedule"),
     "a missing file": (lambda o: (o, T, "/nowhere/s.json"), {}, "does not exist"),
@@ -211,6 +211,30 @@ def test_a_decision_moves_by_a_limited_factor():
         scheduler.step()
     assert seen == [[50.0, 50.0], [12.5, 12.5], [3.125, 50.0]]
     assert bounded([{}], [{"lr": 2.0}], ["a"], ()) == [{"lr": 1.0}]  # what is no longer set returns
+
+
+def test_a_schedule_moves_by_any_factor_and_a_controller_by_ten():
+    rows = [{"*": {"lr": 0.01}}, {"*": {"lr": 1.0}}]
+
+    class Jumps(jel.Controller):
+        def decide(self, observation):
+            return rows[int(observation["progress"] >= 0.5)]
+
+    for controller, want in ((jel.schedules.piecewise([(0.0, rows[0]), (0.5, rows[1])]), 1.0), (Jumps(), 0.1)):
+        optimizer = sgd(make_model())
+        scheduler = jel.Scheduler(optimizer, 2, controller, interval=1)
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.multipliers["0"]["lr"] == pytest.approx(want)
+
+
+def test_bounds_must_have_names_that_hold():
+    with pytest.raises(jel.JelError, match="bounds= has lrr, which no param group"):
+        jel.Scheduler(adamw(make_model()), T, TWICE, bounds={"lrr": (0.5, 2.0)})
+    with pytest.raises(jel.JelError, match="bounds= has beta1, which is set as 1-beta1"):
+        jel.Scheduler(adamw(make_model()), T, "lhopt", bounds={"beta1": (0.9, 1.1)})
+    scheduler = jel.Scheduler(adamw(make_model()), T, "lhopt", bounds={"1-beta1": (0.99, 1.01)})
+    assert 0.99 <= scheduler.multipliers["0"]["1-beta1"] <= 1.01
 
 
 # -----------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def control(trainer: Trainer, schedule_or_controller: Any, **options: Any) -> Je
 
 
 class JelCallback(TrainerCallback):
-    """Adds `jel/<group>/<knob>` to the trainer's logs, and tells the scheduler each logged training loss.
+    """Adds `jel/<group>/<knob>` to the trainer's logs, and tells the scheduler the losses in them.
 
     A controller that observes `train_loss` needs `logging_steps` no longer than its interval. `tracker`: also log
     there. The trainer's own report to wandb or TensorBoard shows the multipliers where this callback comes before it:
@@ -83,5 +83,7 @@ class JelCallback(TrainerCallback):
             self.scheduler.observe(loss=float(logs["loss"]))
             logs.update(multiplier_values(self.multipliers))
             state.log_history[-1].update(multiplier_values(self.multipliers))  # kept before this callback was called
+        if "eval_loss" in logs:
+            self.scheduler.observe(val_loss=float(logs["eval_loss"]))
         if self.tracker is not None and state.is_world_process_zero:
             self.tracker.log(state.global_step, multipliers=self.multipliers, **values)

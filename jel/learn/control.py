@@ -184,7 +184,7 @@ class Best:
         self.val[at[e], e], self.flat[at[e], e] = val[e], flat[e]
 
     def load(self, episodes: Episodes) -> None:
-        """End the episodes with the mean of the weights held, or the best where it validates worse than all of them.
+        """End the episodes with the mean of the weights held, or the best if it validates worse than the second best.
 
         As `jel.ValidationGuard.load_best`: a uniform soup (Wortsman et al., arXiv 2203.05482) of one run's weights.
         Episodes that never had a finite validation loss stay as they are.
@@ -193,7 +193,8 @@ class Best:
         last, any_held = episodes.flat, held.any(0)[:, None]
         best = self.flat[self.val.argmin(0), torch.arange(len(last))]
         episodes.flat = torch.einsum("ke,kep->ep", held / held.sum(0).clamp_min(1), self.flat)
-        as_good = episodes.evaluate("val") <= self.val.where(held, -math.inf).max(0).values
+        second = torch.minimum(held.sum(0) - 1, torch.tensor(1)).clamp_min(0)  # of one alone, itself
+        as_good = episodes.evaluate("val") <= self.val.sort(0).values.gather(0, second[None])[0]
         episodes.flat = torch.where(any_held, torch.where(as_good[:, None], episodes.flat, best), last)
 
 

@@ -89,6 +89,11 @@ class Loop:
         optimizer = self.make_optimizer(model)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise JelError(f"make_optimizer gave {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        own = {id(p) for p in model.parameters()}
+        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+            raise JelError(
+                "make_optimizer(model) gave an optimizer of other parameters than the model's that it was given"
+            )
         for i, group in enumerate(optimizer.param_groups):
             group["name"] = str(group.get("name", i))
         names = [group["name"] for group in optimizer.param_groups]

@@ -29,7 +29,7 @@ from nanochat.preemption import REQUEUE_EXIT_CODE
 from nanochat.run_log import Stopwatch, format_seconds
 from scripts.ablate.rows import TABLES, Row
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.report.costs import in_runs
+from scripts.report.costs import in_runs, tuning_cost
 from scripts.report.evidence import read_evidence
 from scripts.report.statistics import compare
 from scripts.runs import run_folder
@@ -149,8 +149,8 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
         results[seed] = read_json(tag / f"s{seed}" / "result.json", "result")
         if row.learn is not None:
             price.append(read_json(tag / f"meta-s{seed}" / "result.json", "result")["flops"])
-        elif seed in evidence.meta and evidence.meta[seed].result:
-            price.append(evidence.meta[seed].result["flops"])
+        elif row.best_of is None and (path := policy_path(folder, row, seed).parent / "result.json").exists():
+            price.append(read_json(path, "result")["flops"])  # what its policy cost
     bpb = {seed: result["test_bpb"] for seed, result in results.items()}
     verdict, difference, interval = "-", None, None
     if row.against is not None:
@@ -164,18 +164,22 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
         verdict = f"JEL is {c.verdict}{spread}" if c.verdict in ("better", "worse") else c.verdict + spread
         if row.against == "jel":
             difference, interval = c.difference, c.interval
+    if price:
+        runs = in_runs(evidence, sum(price) / len(price))
+    else:
+        runs = None if row.best_of is None else tuning_cost(evidence, row.best_of)
     found = {
         "name": row.what,
         "test_bpb": [bpb[seed] for seed in args.seeds],
-        "run_equivalents": in_runs(evidence, sum(price) / len(price)) if price else None,
+        "run_equivalents": runs,
         "verdict": verdict,
         "difference": difference,  # JEL's minus the row's
         "interval": interval,
     }
     path = folder / "evidence" / f"{table}.json"
     rows = [r for r in (read_json(path) if path.exists() else []) if r["name"] != row.what]
-    order = [r.what for r in TABLES[table].values()]
-    write_json(path, sorted([*rows, found], key=lambda r: order.index(r["name"])))
+    order = {r.what: i for i, r in enumerate(TABLES[table].values())}  # rows of former versions come last
+    write_json(path, sorted([*rows, found], key=lambda r: order.get(r["name"], len(order))))
     print0(f"  {row.what}: {', '.join(f'{v:.4f}' for v in found['test_bpb'])}; {verdict}")
 
 

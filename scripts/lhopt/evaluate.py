@@ -94,9 +94,7 @@ def controlled(
         return run(policy, task, SEEDS, at, decisions, **how).final  # type: ignore[arg-type]
 
     key = (
-        f"LHOPT {card['sha256'][:12]} {mode} {starts}"
-        + f", guard of {keep}" * bool(keep)
-        + ", no validation" * hide_val
+        f"LHOPT {card['sha256'][:12]} {mode} {starts}" + f", mean of {keep}" * bool(keep) + ", no validation" * hide_val
     )
     return key, compute
 
@@ -139,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         setting = best_fixed_setting()
         label = f"AdamW {setting[0]:g} {setting[1]}, decay {setting[2]:g}: best on the training tasks"
         lines.append(rows_of(results, tasks, label, f"fixed {setting}", lambda t: fixed(setting)(t, SEEDS), 1))
-        key, compute = f"fixed {setting}, guard of {KEEP}", lambda t: fixed(setting, guard=True)(t, SEEDS)
+        key, compute = f"fixed {setting}, mean of {KEEP}", lambda t: fixed(setting, guard=True)(t, SEEDS)
         lines.append(rows_of(results, tasks, "the same, with the guard", key, compute, 1))
         for name, (function, price) in RIVALS.items():
             lines.append(rows_of(results, tasks, name, name, lambda t, f=function: f(t, SEEDS), price))

@@ -137,7 +137,7 @@ def draw(evidence: Evidence, folder: Path) -> set[str]:
         columns = [by_update(evidence, key) for key in ("entropy", "return_mean", "return_best")]
         drawn["figure_meta_training"] = figures.meta_training_figure(*columns, subtitle)
     measured = [row for name in ("ablations", "equal_budget") for row in evidence.sections.get(name, [])]
-    compared = [row for row in measured if row.get("difference") is not None]
+    compared = [row for row in measured if row.get("difference") is not None and math.isfinite(row["difference"])]
     if compared:
         drawn["figure_4_ablations"] = figures.ablation_figure(compared, subtitle)
     for name, figure in drawn.items():

@@ -180,7 +180,7 @@ def meta_training_figure(
     left.set(title="policy entropy, nats per action dimension", xlabel="update")
     low, high = left.get_ylim()
     left.set_ylim(min(low, 0), max(high, 1))  # a collapse is a fall to below 0, not a wiggle
-    right.set(title="discounted return, nats of probe loss", xlabel="update")
+    right.set(title="return of an episode, nats of probe loss", xlabel="update")
     right.legend(loc="best")
     figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
     return figure

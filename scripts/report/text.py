@@ -25,7 +25,7 @@ CAPTIONS = {  # in the order of the report; a name is its files' stem
     "figure_4_ablations": "Figure 4. What each change to the recipe costs, and each control at the same price: the "
     "mean paired difference from JEL and its 95% interval; in brackets the number of seeds. Filled: the interval of "
     f"at least {MIN_SEEDS} seeds leaves out 0.",
-    "figure_meta_training": "Meta-training. Entropy in nats, mean of the two action dimensions (0.92 at the start, by "
+    "figure_meta_training": "Meta-training. Entropy in nats, mean of the action dimensions (0.92 at the start, by "
     "the initial standard deviation), and the returns of each group of episodes: mean of the seeds, and their range.",
 }
 PROSE = {  # a method's name inside a sentence
