@@ -45,6 +45,8 @@ class Guard:
         save_every: int = 100,
     ):
         counts = patience, save_every, 1 if every is None else every
+        if not all(isinstance(x, (int, float)) for x in (margin, measure, smooth, *counts)):
+            raise JelError("a guard's margin, measure, smooth, every, patience and save_every are numbers")
         if not (margin > 0 and 0 < measure < 1 and 0 <= smooth < 1 and min(counts) >= 1):
             raise JelError(
                 "a guard needs a margin above 0, measure within (0, 1), smooth within [0, 1), and every, patience and "
@@ -66,7 +68,10 @@ class Guard:
         """Begin a run of T steps; `recorded`: the base's loss over progress, `[(t / T, loss), ...]`, or nothing."""
         self._total = total_steps
         curve = self.curve if self.curve is not None else [(p * total_steps, loss) for p, loss in recorded]
-        self._curve = sorted((float(step), float(loss)) for step, loss in curve)
+        try:
+            self._curve = sorted((float(step), float(loss)) for step, loss in curve)
+        except (TypeError, ValueError):
+            raise JelError("a guard's curve is a list of (step, loss)") from None
         self._until = 0 if self._curve else math.ceil(self.measure * total_steps)  # the base's own steps
         by_default = min(10, max(1, int(self.measure * total_steps) // LEAST))
         self.every = by_default if self._given_every is None else self._given_every

@@ -13,6 +13,7 @@ Shapes: A knobs, F features.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class LhoptController(Controller):
             raise JelError(f"the policy turns {names}, and this optimizer has none of them above 0")
 
     def _begin(self) -> None:
-        self._state, self._decided = self.policy.initial_state(), 0
+        self._state, self._decided, self._warned = self.policy.initial_state(), 0, False
         self._values, self._last_move = self._start.clone(), torch.zeros(len(self._start))
 
     def detach(self) -> None:
@@ -135,6 +136,9 @@ class LhoptController(Controller):
         observer, actions = self._watching(), self.policy.actions
         if observer.steps and not observer.losses:
             raise JelError("lhopt watches the training loss: call scheduler.observe(loss=loss) at every step")
+        if observer.losses and not self._warned and not bool((observer.mean_loss > 0).all()):
+            self._warned = True
+            warnings.warn("jel: lhopt was told a loss that is not a number above 0, as it has never seen", stacklevel=2)
         relative = actions.relative(self._values, self._start)
         features = observer.look(observation["progress"], relative, self._last_move)
         act = self.policy.act(features, self._state, self.greedy)

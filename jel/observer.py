@@ -268,7 +268,7 @@ class Observer:
             self.memory,
             progress=torch.tensor(progress),
             inner=statistics,
-            train_loss=shaped(known(self._loss_sum) / self.losses if self.losses else known(NAN)),
+            train_loss=shaped(self.mean_loss),
             val_loss=shaped(known(self._val_loss)),
             param_norm=shaped(norm),
             outer_update=shaped(moved),
@@ -286,6 +286,12 @@ class Observer:
         found = self.look(progress, none, none)
         names = feature_names((), self.end_weights)
         return dict(zip(names, found.tolist() if self.runs is None else found.unbind(-1), strict=True))
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The training loss of this window, a number or (E,), where it was told; NaN if no loss was."""
+        total = torch.as_tensor(self._loss_sum, dtype=torch.float32)
+        return total / self.losses if self.losses else torch.tensor(NAN)
 
     def _norms(self) -> tuple[Tensor, Tensor]:
         """|p| and |p - p at the previous decision|, each (E,); the present p is kept for the next decision."""

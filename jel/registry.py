@@ -66,6 +66,8 @@ def _make(cls: type, spec: str, policy: str | None) -> Controller:
 
 def check_controller(controller: object, name: str, observes: bool = True) -> None:
     """Raise `JelError` unless it keeps the contract; `observes` False for a class, whose objects may set that later."""
+    if observes and isinstance(controller, type):
+        raise JelError(f"{name} is a class; give an object of it, {controller.__name__}(...)")
     for method in ("decide", "state_dict", "load_state_dict"):
         if not callable(getattr(controller, method, None)):
             raise JelError(f"controller {name} has no method {method}(); see jel.controller.Controller")

@@ -59,14 +59,16 @@ class ValidationGuard(Guard):
         keep: int = 5,
     ):
         super().__init__(margin=margin, patience=patience, every=every)
-        if keep < 1:
-            raise JelError(f"a guard keeps at least 1 copy of the best weights, not {keep}")
+        if type(keep) is not int or keep < 1:
+            raise JelError(f"a guard keeps at least 1 copy of the best weights, not {keep!r}")
         self.keep = keep
         self.snapshot(save, load)
 
     @classmethod
     def of(cls, model: nn.Module, **limits: Any) -> ValidationGuard:
         """Keeps a model's parameters and buffers; `limits`: margin, patience, every, keep."""
+        if not isinstance(model, nn.Module):
+            raise JelError(f"ValidationGuard.of takes a torch.nn.Module, not {type(model).__name__}")
         return cls(lambda: copy.deepcopy(model.state_dict()), model.load_state_dict, **limits)
 
     def start(self, total_steps: int, recorded: Sequence[tuple[float, float]]) -> None:
@@ -111,6 +113,7 @@ class ValidationGuard(Guard):
         uniform soup: Wortsman et al., arXiv 2203.05482), unless that validates worse than the second best of them.
         """
         if not self._kept or self._load is None:
+            print("jel guard: nothing to load: it was told no finite validation loss in this process", flush=True)
             return None
         if validate is not None and len(self._kept) > 1:
             self._load(mean_of([kept for _, _, kept in self._kept]))
@@ -121,7 +124,7 @@ class ValidationGuard(Guard):
 
     def _back(self, step: int, why: str) -> None:
         line = f"jel guard: step {step}: {why}: back to the base"
-        if (found := self.load_best()) is not None:
+        if self._kept and (found := self.load_best()) is not None:
             line += f", from the weights of step {found}"
         self.tripped = line
         print(line, flush=True)

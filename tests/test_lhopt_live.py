@@ -415,6 +415,19 @@ def test_going_back_with_the_optimizers_own_state_still_holds_the_base():
     assert optimizer.param_groups[0]["lr"] == 1e-3 and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize("shift", [-5.0, math.nan])
+def test_a_loss_that_it_never_saw_is_said_once(shift):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = jel.Scheduler(optimizer, 40, "lhopt")
+    with pytest.warns(UserWarning, match="not a number above 0") as said:
+        for _ in range(40):
+            optimizer.step()
+            scheduler.observe(loss=shift)
+            scheduler.step()
+    assert len(said) == 1
+
+
 def test_only_so_many_copies_are_kept_and_those_of_the_best():
     made = iter("abcdefg")
     guard, loaded = jel.ValidationGuard(lambda: next(made), print, margin=9.0, keep=3), []

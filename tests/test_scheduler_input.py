@@ -228,6 +228,22 @@ def test_a_schedule_moves_by_any_factor_and_a_controller_by_ten():
         assert scheduler.multipliers["0"]["lr"] == pytest.approx(want)
 
 
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: jel.Scheduler(adamw(make_model()), T, jel.Controller), "is a class; give an object"),
+        (lambda: jel.Guard(margin="a"), "are numbers"),
+        (lambda: jel.Guard(curve=[(1, 2, 3)]), "a list of \\(step, loss\\)"),
+        (lambda: jel.ValidationGuard.of(None), "takes a torch.nn.Module, not NoneType"),
+        (lambda: jel.ValidationGuard.of(make_model(), keep=1.5), "not 1.5"),
+    ],
+)
+def test_parts_refuse_what_they_are_not_for(make, message):
+    with pytest.raises(JelError, match=message) as e:
+        make()
+    assert "\n" not in str(e.value)
+
+
 def test_bounds_must_have_names_that_hold():
     with pytest.raises(jel.JelError, match="bounds= has lrr, which no param group"):
         jel.Scheduler(adamw(make_model()), T, TWICE, bounds={"lrr": (0.5, 2.0)})

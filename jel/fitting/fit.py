@@ -63,11 +63,17 @@ def fit(
     `constant(1.0)`; `result.card` says which. Raises `JelError` in one line for bad input, before anything is run
     where that can be known.
     """
-    config, ranges = config or FitConfig(), as_base(base)
+    config, ranges = FitConfig() if config is None else config, as_base(base)
     _check(task, budget, method)
+    if not isinstance(config, FitConfig):
+        raise JelError(f"config is a jel.fitting.FitConfig, not {type(config).__name__}")
+    if type(seed) is not int:
+        raise JelError(f"seed is {seed!r}; it must be an int")
     if resume and folder is None:
         raise JelError("resume=True needs the folder of the fit that was stopped")
     where = Path(folder) if folder is not None else None
+    if where and where.exists() and not where.is_dir():
+        raise JelError(f"folder {where} is a file; give a folder")
     knobs = knobs_for(task, ranges, config.most_corrections)
 
     # -------------------------------------------------------------------------

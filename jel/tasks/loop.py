@@ -88,6 +88,12 @@ class LoopTask:
         for what, given in (("make_model", make_model), ("make_optimizer", make_optimizer), ("loss", loss)):
             if not callable(given):
                 raise JelError(f"{what} must be a function, not {type(given).__name__}")
+        if isinstance(make_model, nn.Module):
+            raise JelError("make_model must be a function that makes the model, not a model: every episode has its own")
+        if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+            raise JelError(f"clip_norm is {clip_norm!r}; it must be a number above 0, or None")
+        if workers is not None and (type(workers) is not int or workers < 1):
+            raise JelError(f"workers is {workers!r}; it must be a number of processes, or None")
         if isinstance(batches, Iterator) or not (callable(batches) or isinstance(batches, Iterable)):
             raise JelError(
                 "batches must be a DataLoader, a list, or a function of a seed that gives an iterable: every episode "
