@@ -317,6 +317,9 @@ def test_nothing_of_learning_is_imported_before_it_is_called():
         ({"base": "fine"}, "base 'fine' is none of"),
         ({"base": {"rate": 3}}, "base has unknown rate"),
         ({"resume": True}, "needs the folder"),
+        ({"folder": __file__}, "is a file; give a folder"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"config": {}}, "config is a jel.fitting.FitConfig, not dict"),
     ],
 )
 def test_bad_input_is_one_clear_line(choices, message):
