@@ -26,6 +26,7 @@ from jel.controller import PolicyController
 from jel.errors import JelError
 from jel.files import read_json, write_files
 from jel.policy import default_policy_path
+from jel.policy_lstm import FORMAT as LHOPT_FORMAT
 from jel.schedule import FORMAT, checked_schedule, export_schedule, save_schedule
 from jel.show import as_csv, as_text, save_picture
 
@@ -59,15 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def schedule_of(source: str, points: int) -> dict:
-    """The schedule at a path, or that of the policy at a path ("default": the shipped one) at `points` decisions."""
-    if source == "default":
+    """The schedule at a path, or that of the policy at a path ("jel", "default": the shipped one) at `points` decisions."""
+    if source in ("jel", "default"):
         source = str(default_policy_path()) + ".json"
     path = Path(source)
+    if path.suffix not in (".json", ".safetensors"):
+        raise JelError(f"{source} is no schedule and no policy: give a .json, a policy's .safetensors, or jel")
     record = read_json(path, "schedule") if path.suffix == ".json" else {}
     if isinstance(record, dict) and record.get("format") == FORMAT:
         return checked_schedule(record, f"schedule {path}")
     if path.suffix == ".json" and not (isinstance(record, dict) and str(record.get("format")).endswith("-policy")):
         raise JelError(f"{path} is neither a schedule nor a policy's card")
+    if record.get("format") == LHOPT_FORMAT:
+        raise JelError(f"{path} is a policy that watches the run: it has no schedule before there is one")
     if points < 1:
         raise JelError(f"--points is {points}; give a number of decisions")
     controller = PolicyController(path)
@@ -76,7 +81,7 @@ def schedule_of(source: str, points: int) -> dict:
 
 def _add_export(commands: Any) -> None:
     command = commands.add_parser("export", help="write a policy's schedule, or a schedule as CSV")
-    command.add_argument("source", metavar="POLICY|SCHEDULE", help='a path, or "default" for the shipped policy')
+    command.add_argument("source", metavar="POLICY|SCHEDULE", help='a path, or "jel" for the shipped policy')
     command.add_argument("--points", type=int, default=20, help="decisions to read off a policy")
     command.add_argument("--out", type=Path, help=".json or .csv; default: JSON to standard output")
     command.set_defaults(run=_export)
@@ -171,7 +176,11 @@ def _apply(args: argparse.Namespace) -> None:
         raise JelError("jel apply only shows: give --dry-run; in a training loop, jel.Scheduler applies a schedule")
     made = imported(args.optimizer)
     optimizer = _called(made, args.optimizer) if callable(made) else made
-    print(table(preview(optimizer, args.total_steps, args.schedule, mode=args.mode)))
+    print(
+        table(
+            preview(optimizer, args.total_steps, "jel" if args.schedule == "default" else args.schedule, mode=args.mode)
+        )
+    )
 
 
 def _add_fit(commands: Any) -> None:
