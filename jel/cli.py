@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def schedule_of(source: str, points: int) -> dict:
-    """The schedule at a path, or that of the policy at a path ("jel", "default": the shipped one) at `points` decisions."""
+    """The schedule at a path, or that of the policy at a path ("jel", or "default": the shipped one) at `points`."""
     if source in ("jel", "default"):
         source = str(default_policy_path()) + ".json"
     path = Path(source)
-    if path.suffix not in (".json", ".safetensors"):
+    if path.suffix not in (".json", ".safetensors") and path.is_file():
         raise JelError(f"{source} is no schedule and no policy: give a .json, a policy's .safetensors, or jel")
     record = read_json(path, "schedule") if path.suffix == ".json" else {}
     if isinstance(record, dict) and record.get("format") == FORMAT:
@@ -176,11 +176,8 @@ def _apply(args: argparse.Namespace) -> None:
         raise JelError("jel apply only shows: give --dry-run; in a training loop, jel.Scheduler applies a schedule")
     made = imported(args.optimizer)
     optimizer = _called(made, args.optimizer) if callable(made) else made
-    print(
-        table(
-            preview(optimizer, args.total_steps, "jel" if args.schedule == "default" else args.schedule, mode=args.mode)
-        )
-    )
+    schedule = "jel" if args.schedule == "default" else args.schedule
+    print(table(preview(optimizer, args.total_steps, schedule, mode=args.mode)))
 
 
 def _add_fit(commands: Any) -> None:

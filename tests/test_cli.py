@@ -117,7 +117,8 @@ def test_a_preview_is_the_run_and_gives_the_optimizer_back():
     "arguments, message",
     [
         ("show nope.json", "nope.json does not exist"),
-        ("show user_code.py", "does not exist"),
+        ("show user_code.py", "user_code.py is no schedule and no policy"),
+        ("show no_such_policy", "does not exist"),
         ("show foreign.json", "foreign.json is neither a schedule nor a policy's card"),
         ("fit user_code:failing", "user_code:failing() fails (KeyError: 'data')"),
         ("fit user_code:text", "user_code:text() fails (TypeError: 'str' object is not callable)"),
