@@ -139,6 +139,21 @@ def test_a_controller_that_watches_is_told_the_loss(tmp_path):
     assert [r["train/loss"] for r in records if "train/loss" in r] == logged(trainer, "loss")
 
 
+def test_a_guard_of_validation_is_told_the_evaluations(tmp_path):
+    guards = []
+
+    def make(model):
+        optimizer = torch.optim.AdamW(model.parameters())
+        guards.append(jel.ValidationGuard.of(model))
+        return optimizer, jel.Scheduler(optimizer, STEPS, "lhopt", interval=3, guard=guards[0])
+
+    trainer = make_trainer(tmp_path, make, [JelCallback()])
+    trainer.args.eval_strategy, trainer.args.eval_steps, trainer.eval_dataset = "steps", 2, ROWS
+    trainer.train()
+    seen = logged(trainer, "eval_loss")
+    assert len(seen) > 2 and guards[0].best == pytest.approx(min(seen))
+
+
 def test_a_schedule_refuses_a_base_that_it_was_not_learned_under(tmp_path):
     optimizer = torch.optim.AdamW(Net().parameters(), lr=1e-2, weight_decay=0.0)
     contract = jel.Contract.of(optimizer, STEPS)

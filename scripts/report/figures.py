@@ -210,7 +210,7 @@ def ablation_figure(rows: Sequence[Mapping], subtitle: str) -> Figure:
         axes.plot(mean, y, "o", color=BLUE if shown else OTHER, markerfacecolor=None if shown else "white")
     axes.set_yticks(range(len(order)), labels=[f"{row['name']} ({len(row['test_bpb'])})" for row in order], fontsize=9)
     axes.set_xlim(min(*means, 0.0) - room, max(*means, 0.0) + room)
-    axes.set_xlabel("bits per byte of the test split above JEL's: right of the line, the change is worse")
+    axes.set_xlabel("bits per byte above JEL's (right of the line: worse)")
     axes.grid(axis="y", visible=False)
     figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
     return figure
