@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LHOPT from nothing: bank, three policies, the shipped one, tables and figures. Stopped and started again, it goes on.
-#   bash scripts/lhopt.sh                           three policies: about 70 minutes of one idle core
-#   SEEDS=42 bash scripts/lhopt.sh                  what docs/lhopt.md reports: about 40 minutes
+#   bash scripts/lhopt.sh                           three policies, what docs/lhopt.md reports: about 65 minutes of one core
+#   SEEDS=42 bash scripts/lhopt.sh                  the shipped one alone: about 45 minutes
 # TINY=1 also trains nanochat at `tiny` under the policies; the other lines of that table are there if speedrun.sh ran
 # under the same base directory. Results in $NANOCHAT_BASE_DIR/lhopt; nothing in the checkout is changed.
 set -euo pipefail
