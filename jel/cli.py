@@ -176,8 +176,7 @@ def _apply(args: argparse.Namespace) -> None:
         raise JelError("jel apply only shows: give --dry-run; in a training loop, jel.Scheduler applies a schedule")
     made = imported(args.optimizer)
     optimizer = _called(made, args.optimizer) if callable(made) else made
-    schedule = "jel" if args.schedule == "default" else args.schedule
-    print(table(preview(optimizer, args.total_steps, schedule, mode=args.mode)))
+    print(table(preview(optimizer, args.total_steps, args.schedule, mode=args.mode)))
 
 
 def _add_fit(commands: Any) -> None:

@@ -99,13 +99,13 @@ def check_bounds(bounds: Any) -> None:
 
 
 def check_bound_names(
-    bounds: Mapping[str, Any], names: Sequence[str], groups: Sequence[Mapping[str, Any]], wanted: Held | None = None
+    bounds: Mapping[str, Any], wanted: Held, names: Sequence[str], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raise `JelError` for bounds that would hold nothing: of what no group has, or has set under another name."""
+    """Raise `JelError` for bounds that hold nothing: of what no group has, or what `wanted` sets by another name."""
     for name in bounds:
         if not any(has(group, name) for group in groups):
             raise JelError(f"bounds= has {name}, which no param group of this optimizer has")
-        for label, group, own in zip(names, groups, wanted or []):
+        for label, group, own in zip(names, groups, wanted):
             for key in own.keys() - bounds.keys():
                 if has(group, name) and target(group, key) == target(group, name):
                     raise JelError(f"bounds= has {name}, which is set as {key} of group {label}: bound that")

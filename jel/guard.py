@@ -56,7 +56,6 @@ class Guard:
         self.patience, self.save_every, self._given_every = patience, save_every, every
         self._save: Callable[[], Any] | None = None
         self._load: Callable[[Any], None] | None = None
-        self._snapshots: list[tuple[int, Any]] = []  # (step, copy), the newest last; not part of the state
         self.start(0, [])
 
     def snapshot(self, save: Callable[[], Any], load: Callable[[Any], None]) -> Guard:
@@ -83,7 +82,7 @@ class Guard:
         self._base = 0.0  # the same average of the base's, so that both lag alike
         self._weight = 0.0  # of what is in the two, out of 1
         self._strikes = 0
-        self._snapshots = []
+        self._snapshots: list[tuple[int, Any]] = []  # (step, copy), the newest last; not part of the state
         self.tripped: str | None = None  # the line that was printed
 
     def check_length(self) -> None:

@@ -67,6 +67,7 @@ class LhoptController(Controller):
     """
 
     observes = frozenset({"progress"})  # the rest it sees through its observer
+    watches = True  # as a `PolicyController` that has one: what it will do is not known before the run
 
     def __init__(self, policy: LstmPolicy | str | Path | None = None, greedy: bool = False, every: int | None = None):
         if isinstance(policy, LstmPolicy):
@@ -88,8 +89,6 @@ class LhoptController(Controller):
         """As in training: so many decisions a run, 0 first, fewer where the run has fewer steps."""
         self._window = total_steps // self.decisions
         return sorted({round(k * total_steps / self.decisions) for k in range(self.decisions)})
-
-    watches = True
 
     def attach(self, optimizer: Optimizer) -> None:
         """Begin a run of this optimizer, at the values that it has now."""

@@ -101,18 +101,16 @@ class Scheduler(LRScheduler):
         self._base_schedule = base_schedule
         self.guard = guard if isinstance(guard, Guard) else Guard() if guard else None
         self.optimizer, self.controller, self._source = optimizer, source.controller, source
-        self._bounds, self._max_change = bounds, max_change or MAX_CHANGE
+        known = isinstance(self.controller, ScheduleController)  # all that it will ever ask for
+        self._bounds, self._max_change = bounds, max_change or (math.inf if known else MAX_CHANGE)
         self._decision_steps = source.decision_steps(total_steps, interval)
         self._names = group_names(optimizer)
         self._observed: dict[str, float | Tensor] = {}
         self._wanted: Held = [{} for _ in self._names]  # the controller's; the guard may hold others
         self._decided: list[tuple[int, Held]] = []
         self._decided_at, self._taken, self._idle = -1, 0, 0
-        if isinstance(self.controller, ScheduleController):  # all that it will ever ask for is known: check it now
-            self._max_change = max_change or math.inf
+        if isinstance(self.controller, ScheduleController):
             self._check_decisions(self.controller.decisions)
-        if isinstance(bounds, Mapping):
-            check_bound_names(bounds, self._names, optimizer.param_groups)
         if self.guard:
             self.guard.start(total_steps, source.base_curve)
             self.guard.check_length()
@@ -356,7 +354,7 @@ class Scheduler(LRScheduler):
             self.guard.go_back(step - decision.go_back)
         wanted = multipliers_of_groups(decision.multipliers, self._names, self._groups())
         if isinstance(self._bounds, Mapping):
-            check_bound_names(self._bounds, self._names, self._groups(), wanted)
+            check_bound_names(self._bounds, wanted, self._names, self._groups())
         wanted = bounded(wanted, before, self._names, self._source.knobs, self._bounds, self._max_change)
         self._decided = [(at, held) for at, held in self._decided if at < step] + [(step, wanted)]
         return wanted

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from jel.errors import JelError
 from jel.guard import Guard
 
+KEEP = 5  # copies of the best weights; chosen on the kinds that lhopt was trained on, see docs/lhopt.md
+
 
 def mean_of(copies: Sequence[Any]) -> Any:
     """The mean of floating-point tensors in equal nests of dicts, lists and tuples; of all else, the first copy's."""
@@ -56,7 +58,7 @@ class ValidationGuard(Guard):
         margin: float = math.inf,
         patience: int = 2,
         every: int = 10,
-        keep: int = 5,
+        keep: int = KEEP,
     ):
         super().__init__(margin=margin, patience=patience, every=every)
         if type(keep) is not int or keep < 1:

@@ -13,6 +13,15 @@ from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags
 from scripts.presets import RECIPES, add_preset_flag
 from scripts.runs import LARGEST, check_model, check_numbers
 
+CRITIC = {  # flags of `--learner critic`, whose defaults are the recipe's
+    "final_log_std": "exploration narrows to this from --initial-log-std",
+    "policy_steps": "Adam's steps an update",
+    "trust_region": "nats that an update moves the policy's mean, at most",
+    "pessimism": "standard deviations that count against the unknown",
+    "variation_cost": "what a schedule must earn over a constant",
+    "departure_cost": "what a multiplier must earn over 1",
+}
+
 # -----------------------------------------------------------------------------
 # flags (a default here is the paper's; presets list what they change)
 
@@ -64,12 +73,8 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--updates", type=int, default=50)
     what = "updates, the last ones, that only compare the policies of those before, of which the best stays"
     flag("--compare", type=int, default=JelRecipe.compare, help=what)
-    flag(
-        "--learnings",
-        type=int,
-        default=JelRecipe.learnings,
-        help="policies learned one after another, from as many updates each",
-    )
+    what = "policies learned one after another, from as many updates each"
+    flag("--learnings", type=int, default=JelRecipe.learnings, help=what)
     what = "end a learning when two updates in a row move the policy by less, nats a decision"
     flag("--still", type=float, default=JelRecipe.still, help=what)
     flag("--episodes", type=int, default=8, help="per update, over all ranks")
@@ -84,37 +89,9 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
         "grpo: the paper's update; critic: a Gaussian process over all episodes so far, see jel/learn/actor_critic.py"
     )
     flag("--learner", choices=["grpo", "critic"], default="grpo", help=what)
-    flag(
-        "--final-log-std",
-        type=float,
-        default=JelRecipe.final_log_std,
-        help="critic: exploration narrows to this from --initial-log-std",
-    )
-    flag("--policy-steps", type=int, default=JelRecipe.policy_steps, help="critic: Adam's steps an update")
-    flag(
-        "--trust-region",
-        type=float,
-        default=JelRecipe.trust_region,
-        help="critic: nats that an update moves the policy's mean, at most",
-    )
-    flag(
-        "--pessimism",
-        type=float,
-        default=JelRecipe.pessimism,
-        help="critic: standard deviations that count against the unknown",
-    )
-    flag(
-        "--variation-cost",
-        type=float,
-        default=JelRecipe.variation_cost,
-        help="critic: what a schedule must earn over a constant",
-    )
-    flag(
-        "--departure-cost",
-        type=float,
-        default=JelRecipe.departure_cost,
-        help="critic: what a multiplier must earn over 1",
-    )
+    for name, what in CRITIC.items():
+        default = getattr(JelRecipe, name)
+        flag(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"critic: {what}")
     what = "on a GPU, replay an episode's step from a CUDA graph; off until a GPU has shown a gain (scripts.bench)"
     flag("--cuda-graphs", action="store_true", help=what)
     flag("--policy-lr", type=float, default=3e-4)

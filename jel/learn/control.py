@@ -18,7 +18,6 @@ from jel.tasks.small.bank import BankTask
 from jel.tasks.small.episodes import DEFAULTS, HYPERPARAMETERS, Episodes
 from jel.unitless import observe
 
-KEEP = 5  # weights that the guard of a deployed policy keeps, as jel.ValidationGuard; chosen on training kinds
 PRIVILEGED = 12  # numbers of `privileged`, before the one-hot of the task
 
 

@@ -37,7 +37,7 @@ class Episode:
     noise: tuple[tuple[float, float], ...] = ((1e-2, 1e2), (0.1, 10.0), (0.1, 10.0), (0.1, 10.0))
     default_starts: float = 0.25  # the share of episodes that start from the default hyperparameters
     hidden_val: float = 0.2  # the share of groups whose policy is not shown the validation loss
-    keep: int = 1  # where it is shown, a run ends with so many of its best weights on validation: safety is not learned
+    keep: int = 1  # where it is shown, a run ends with the mean of so many of its best weights: safety is not learned
     reward: str = "score"
     baseline_episodes: int = 4  # of the averaged actor, for a reward by its curve
 

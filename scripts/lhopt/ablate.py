@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.learn.control import KEEP
 from jel.policy_lstm import load_lhopt_policy, save_lhopt_policy
 from jel.tasks.small.bank import BankTask, load_bank, worth_learning
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
+from jel.validation_guard import KEEP
 from nanochat.checkpoint import load_checkpoint
 from nanochat.common import UserError, base_dir, print0, run_main
 from scripts.ablate.__main__ import run

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from jel.errors import JelError
 from jel.files import json_bytes, read_json, write_files
-from jel.learn.control import KEEP, run
+from jel.learn.control import run
 from jel.policy_lstm import default_lhopt_path, load_lhopt_policy, policy_files
 from jel.tasks.small.bank import DEFAULT, SEEDS, SETTINGS, BankTask, fixed_scores, load_bank, worth_learning
 from jel.tasks.small.episodes import DEFAULTS
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
+from jel.validation_guard import KEEP
 from nanochat.common import UserError, base_dir, print0, run_main
 from scripts.lhopt.rivals import GRID_PRICE, RIVALS, fixed, starts_of
 from scripts.lhopt.tables import print_tables
@@ -93,10 +94,8 @@ def controlled(
         how = {"generator": generator, "greedy": mode == "greedy", "keep": keep, "hide_val": hide_val}
         return run(policy, task, SEEDS, at, decisions, **how).final  # type: ignore[arg-type]
 
-    key = (
-        f"LHOPT {card['sha256'][:12]} {mode} {starts}" + f", mean of {keep}" * bool(keep) + ", no validation" * hide_val
-    )
-    return key, compute
+    ends = (f", mean of {keep}" if keep else "") + (", no validation" if hide_val else "")
+    return f"LHOPT {card['sha256'][:12]} {mode} {starts}{ends}", compute
 
 
 def rows_of(

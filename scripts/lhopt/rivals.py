@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.learn.control import KEEP, Best, boundaries, random_starts
+from jel.learn.control import Best, boundaries, random_starts
 from jel.lhopt import DECISIONS
 from jel.tasks.small.bank import RATES, SCHEDULES, SETTINGS, BankTask, run_schedule
 from jel.tasks.small.episodes import DEFAULTS, Episodes, SmallTask
+from jel.validation_guard import KEEP
 
 NOISE = ((1e-2, 1e2), (0.1, 10.0), (0.1, 10.0), (0.1, 10.0))
 RANDOM_STARTS_SEED = 77

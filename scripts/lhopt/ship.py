@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.learn.control import KEEP
 from jel.policy_lstm import load_lhopt_policy, save_lhopt_policy
 from jel.tasks.small.bank import BankTask, load_bank, worth_learning
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
+from jel.validation_guard import KEEP
 from nanochat.common import base_dir, print0, run_main
 from scripts.lhopt.evaluate import HELD_OUT_SEEDS, STARTS, Results, controlled, policy_path
 from scripts.lhopt.tables import bootstrap_interval

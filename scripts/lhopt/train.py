@@ -108,9 +108,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.model_tag = args.model_tag or f"lhopt/{args.preset}-s{args.seed}"
     most = (1, LARGEST)
     whole = ["updates", "save_every", "workers", "tasks_per_kind", "hidden", "groups", "episodes", "decisions"]
-    check_numbers(
-        args, {most: whole, (0, 8): ["registers"], (0, 21): ["keep"], (0, LARGEST): ["policy_lr", "entropy_coef"]}
-    )
+    check_numbers(args, {most: whole, (0, 8): ["registers"], (0, LARGEST): ["keep", "policy_lr", "entropy_coef"]})
     return args
 
 
