@@ -89,7 +89,8 @@ class PolicyController(Controller):
 
     `policy`: a `GaussianPolicy`, the path of a saved one, or None for the one shipped with the package. It is copied,
     so training the policy further does not change the controller. `contract`: what its card says that it was learned
-    against, None if nothing. Raises `JelError` for a policy that cannot be read.
+    against, None if nothing; `decay_carry`: the tokens of an episode, from which a run carries its weight decay
+    (docs/design.md), 0 if it does not. Raises `JelError` for a policy that cannot be read.
     """
 
     def __init__(self, policy: GaussianPolicy | str | Path | None = None):
@@ -98,11 +99,14 @@ class PolicyController(Controller):
         else:
             self.policy, card = load_policy(policy or default_policy_path())
         training = card.get("training")
-        record = training.get("contract") if isinstance(training, dict) else None
+        training = training if isinstance(training, dict) else {}
+        record, self.decay_carry = training.get("contract"), training.get("decay_carry", 0)
         try:
             self.contract = None if record is None else Contract.from_json(record)
         except JelError as e:
             raise JelError(f"policy card of {policy}: {e}") from None
+        if type(self.decay_carry) is not int or self.decay_carry < 0:
+            raise JelError(f"policy card of {policy}: its decay_carry is {self.decay_carry!r}, not a number of tokens")
         self.knobs = self.policy.knobs
         self.watches = self.policy.observes.intersection(WATCHED)
         self.observes = self.policy.observes - self.watches

@@ -11,6 +11,7 @@ Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, mod
 from __future__ import annotations
 
 import argparse
+import math
 import time
 
 import torch
@@ -70,6 +71,9 @@ def flags() -> argparse.ArgumentParser:
     flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank; -1 = what the memory holds")
     # hyperparameters
     add_hparam_flags(parser, "hand-tuned")
+    what = "--hparams uniform: base weight decay x sqrt(tokens of this run / these), the tokens of the episodes that a "
+    what += "policy without a knob for it learned on; 0 = as it is; default: what the policy's card says"
+    flag("--decay-carry", type=int, metavar="TOKENS", help=what)
     # method
     flag("--optimizer", choices=["muon-adamw", "schedule-free"], default="muon-adamw")
     flag("--sf-lr", type=float, default=2.0)
@@ -123,6 +127,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Controller
     """The flags over the preset's defaults, and the controller they name."""
     args = parse_with_preset(flags(), "base_train", argv)
     controller = load_controller(args.controller, args.policy)
+    if args.decay_carry is None:
+        args.decay_carry = getattr(controller, "decay_carry", 0) if args.hparams == "uniform" else 0
     # a policy that was trained again under the same name makes another run
     args.policy_digest = getattr(controller, "digest", None)
     return args, controller
@@ -158,7 +164,7 @@ def main() -> int:
     forward = model.prepare(rows=args.device_batch_size, **kernels)  # the model as it is called: compiled on CUDA
     print0(model.kernels)
     num_iterations, accumulation = derive_length(args, model, compute.world_size)
-    optimizer, schedule = build_optimizer(args, model, compute)
+    optimizer, schedule = build_optimizer(args, model, num_iterations, compute)
     groups = optimizer.param_groups
 
     # -------------------------------------------------------------------------
@@ -339,12 +345,13 @@ def derive_length(args: argparse.Namespace, model: GPT, world_size: int) -> tupl
     return steps, accumulation
 
 
-def build_optimizer(args: argparse.Namespace, model: GPT, compute: Compute):
+def build_optimizer(args: argparse.Namespace, model: GPT, steps: int, compute: Compute):
     """(optimizer, base schedule): every group with its base values, `initial_lr` and `initial_wd`."""
     optimizer = model.setup_optimizer(**tuned_settings(args), rank=compute.rank, world_size=compute.world_size)
     if args.hparams == "uniform":
+        carry = math.sqrt(steps * args.total_batch_size / args.decay_carry) if args.decay_carry else 1.0
         for group in optimizer.param_groups:
-            group["initial_lr"], group["initial_wd"] = args.base_lr, args.base_wd
+            group["initial_lr"], group["initial_wd"] = args.base_lr, args.base_wd * carry
     schedule = {
         "warmup_ratio": args.warmup_ratio,
         "warmdown_ratio": args.warmdown_ratio,
@@ -354,15 +361,8 @@ def build_optimizer(args: argparse.Namespace, model: GPT, compute: Compute):
     if args.optimizer == "schedule-free":
         if args.sf_muon_schedule == "constant":
             schedule = {"warmup_ratio": 0.0, "warmdown_ratio": 0.0, "final_lr_frac": 1.0, "final_wd_frac": 1.0}
-        optimizer = ScheduleFreeMuon(
-            optimizer.param_groups,
-            args.sf_lr,
-            args.sf_wd,
-            args.sf_warmup,
-            compute.rank,
-            compute.world_size,
-            betas=(args.sf_beta1, args.sf_beta2),
-        )
+        given = args.sf_lr, args.sf_wd, args.sf_warmup, compute.rank, compute.world_size
+        optimizer = ScheduleFreeMuon(optimizer.param_groups, *given, betas=(args.sf_beta1, args.sf_beta2))
         for group in optimizer.param_groups:  # Muon as it is: no batch rule, no depth rule (the paper's Table 3)
             group["initial_lr"], group["initial_wd"] = args.matrix_lr, args.weight_decay
     for group in optimizer.param_groups:
@@ -417,7 +417,8 @@ def print_sample(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer) -> 
 
 NOT_NEGATIVE = [
     *HPARAM_NAMES,
-    *"final_lr_frac sf_lr sf_wd sf_warmup eval_tokens test_tokens sample_tokens save_every max_recoveries".split(),
+    *"final_lr_frac decay_carry sf_lr sf_wd sf_warmup eval_tokens test_tokens sample_tokens".split(),
+    *"save_every max_recoveries".split(),
 ]
 
 
@@ -435,6 +436,8 @@ def check_flags(args: argparse.Namespace) -> None:
             (1e-6, LARGEST): ["target_param_data_ratio"],
         },
     )
+    if args.decay_carry and args.hparams != "uniform":
+        raise UserError("--decay-carry is for --hparams uniform: hand-tuned weight decay is for the run at hand")
     if args.device_batch_size != -1:
         check_numbers(args, {(1, LARGEST): ["device_batch_size"]})
     if args.eval_every < -1:

@@ -63,7 +63,10 @@ def flags(description: str | None = None) -> argparse.ArgumentParser:
     flag("--features", nargs="+", choices=[*FEATURES, *WATCHED], default=["progress"], metavar="NAME", help=what)
     flag("--policy-hidden", type=int, default=64)
     flag("--initial-log-std", type=float, default=-0.5)
-    flag("--action-range", type=float, default=100.0, help="multipliers lie in [1 / this, this]")
+    what = "multipliers of the learning rate lie in [1 / this, this]"
+    flag("--action-range", type=float, default=100.0, help=what)
+    what = "those of the weight decay; 1 = it stays as it is, see base_train --decay-carry"
+    flag("--decay-range", type=float, default=100.0, help=what)
     flag("--corrections", choices=["none", "groups"], default="none", help="groups: corrections of the learning rate")
     flag("--correction-range", type=float, default=10.0, help="corrections lie in [1 / this, this]")
     what = "1 - momentum (AdamW: beta1) is multiplied by a number in [1 / this, this]; 1 = momentum stays as it is"

@@ -206,6 +206,8 @@ def main() -> int:
         if isinstance(trainer, SearchTrainer):
             steps, readings = trainer.trained()  # a search may have stopped candidates early
         tokens = args.episode_batch_size * args.episode_seq_len
+        # an episode is too short to feel weight decay: a policy that leaves it alone has base_train carry it
+        carried = args.hparams == "uniform" and args.decay_range == 1
         save_policy(
             trainer.policy,
             folder / "policy",
@@ -213,6 +215,7 @@ def main() -> int:
                 "flags": resumable_flags(args, MAY_CHANGE),
                 "model": vars(config),
                 "contract": contract_of(config, base_of(args), args.num_iterations, schedule_name(args)).to_json(),
+                "decay_carry": args.num_iterations * tokens if carried else 0,
                 "environment": environment_record(compute),
                 "seconds": seconds,
             },
@@ -295,9 +298,9 @@ def schedule_name(args: argparse.Namespace) -> str:
 def make_recipe(args: argparse.Namespace) -> JelRecipe:
     """The recipe that the flags describe."""
     same = (
-        "action_range correction_range momentum_range initial_log_std episodes decision_interval updates compare "
-        "learnings learner policy_lr policy_lr_schedule returns advantages gamma clip minibatch_size entropy_coef "
-        "still final_log_std policy_steps trust_region pessimism variation_cost departure_cost"
+        "action_range decay_range correction_range momentum_range initial_log_std episodes decision_interval updates "
+        "compare learnings learner policy_lr policy_lr_schedule returns advantages gamma clip minibatch_size "
+        "entropy_coef still final_log_std policy_steps trust_region pessimism variation_cost departure_cost"
     )
     return JelRecipe(
         **{name: getattr(args, name) for name in same.split()},
@@ -327,9 +330,10 @@ def print_update(
     """One line an update; a policy that observes more than progress has no multipliers to show beforehand."""
     shown = ""
     if everywhere := record["multipliers"].get("*"):
-        lr, wd = everywhere["lr"], everywhere["weight_decay"]
-        ends = [f"{x[0]:.3g}/{x[len(x) // 2]:.3g}/{x[-1]:.3g}" for x in (lr, wd)]
-        shown = f"lr x{ends[0]} wd x{ends[1]} | "
+        names = {"weight_decay": "wd"}
+        for key, x in everywhere.items():
+            shown += f"{names.get(key, key)} x{x[0]:.3g}/{x[len(x) // 2]:.3g}/{x[-1]:.3g} "
+        shown += "| "
         own = {g: m["lr"][0] for g, m in record["multipliers"].items() if g != "*"}
         shown += "".join(f"{g} x{m:.3g} " for g, m in own.items()) + ("| " if own else "")
     mean, best = (math.nan if record[key] is None else record[key] for key in ("return_mean", "return_best"))

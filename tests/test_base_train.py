@@ -14,6 +14,8 @@ import safetensors.torch
 import torch
 
 from jel.controller import Controller
+from jel.knobs import Knob
+from jel.policy import GaussianPolicy, save_policy
 from nanochat.checkpoint import load_checkpoint
 from nanochat.common import Compute, UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -144,6 +146,16 @@ def test_identity_and_none_give_the_same_bits(base, train):
     assert not torch.equal(weights(base, "none")["lm_head.weight"], weights(base, "doubled")["lm_head.weight"])
 
 
+def test_weight_decay_is_carried_from_episodes_to_the_run(base, train, tmp_path):
+    assert train("carried", "--hparams", "uniform", "--decay-carry", "192").returncode == 0  # of 12 x 256 tokens
+    assert train("raised", "--hparams", "uniform", "--base-wd", "0.04").returncode == 0
+    assert_same(weights(base, "carried"), weights(base, "raised"))
+    save_policy(GaussianPolicy([Knob("lr", "lr")]), tmp_path / "p", {"decay_carry": 192})
+    for flags, carried in (("--hparams uniform", 192), ("--hparams uniform --decay-carry 0", 0), ("", 0)):
+        given = f"--preset smoke --controller jel --policy {tmp_path / 'p'} {flags}"
+        assert base_train.parse(given.split())[0].decay_carry == carried
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -188,6 +200,8 @@ def test_micro_batches_change_nothing(base, train):
         (("--total-batch-size", "200"), ("does not divide", "nearest that does is 256")),
         (("--decision-interval", "0"), ("--decision-interval is 0",)),
         (("--eval-every", "-2"), ("--eval-every is -2",)),
+        (("--decay-carry", "-1"), ("--decay-carry is -1",)),
+        (("--decay-carry", "99"), ("--decay-carry is for --hparams uniform",)),
         (("--no-such-flag", "1"), ("unrecognized arguments",)),
         (("--controller", "jel", "--policy", "/nowhere/policy"), ("policy", "does not exist")),
         (("--controller", "no.such.module:Thing"), ("no.such.module",)),

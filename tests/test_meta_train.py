@@ -143,6 +143,7 @@ def test_two_processes_are_one(base, train, undisturbed):
 def test_what_it_leaves_is_a_policy_with_its_card(base, undisturbed):
     policy, card = load_policy(base / "runs" / "meta-whole" / "policy")
     assert policy.observes == {"progress"} and card["training"]["flags"]["updates"] == 4
+    assert card["training"]["decay_carry"] == 12 * 2 * 32  # tokens of an episode: the policy has no knob for decay
     log = undisturbed[1]
     assert [record["step"] for record in log] == [0, 1, 2, 3] and all(len(record["returns"]) == 3 for record in log)
     assert all({len(m) for m in record["multipliers"]["*"].values()} == {3} for record in log)

@@ -135,6 +135,9 @@ def test_a_policys_contract_travels_to_its_schedule(tmp_path):
     save_policy(lively_policy(), tmp_path / "bad", {"contract": {"groups": 3}})
     with pytest.raises(JelError, match="policy card of .*bad: its contract is malformed"):
         PolicyController(tmp_path / "bad")
+    save_policy(lively_policy(), tmp_path / "bad", {"decay_carry": "some"})
+    with pytest.raises(JelError, match="policy card of .*bad: its decay_carry is 'some'"):
+        PolicyController(tmp_path / "bad")
 
 
 def test_schedules_of_version_1_still_load(tmp_path):

@@ -34,6 +34,7 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # momentum; noise that hardly changes within an episode; and a critic of whole episodes.
 OURS = {
     "corrections": "groups",
+    "decay_range": 1.0,
     "momentum_range": 5.0,
     "noise_correlation": 0.98,
     "learner": "critic",
@@ -45,7 +46,8 @@ OURS = {
 class JelRecipe:
     """The choices of JEL, by default those of the paper (Table 2)."""
 
-    action_range: float = 100.0  # multipliers lie in [1 / this, this]
+    action_range: float = 100.0  # multipliers of the learning rate lie in [1 / this, this]
+    decay_range: float = 100.0  # those of the weight decay; 1: it is not controlled
     # sets of param groups whose learning rate has a correction of its own, by the name of its knob
     corrections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     correction_range: float = 10.0
@@ -84,17 +86,20 @@ class JelRecipe:
         A correction multiplies the shared learning rate, so that exploring takes few dimensions however many groups
         there are: groups without one follow the shared multiplier.
         """
-        for name in ("action_range", "correction_range", "momentum_range"):
+        within = {}
+        for name in ("action_range", "decay_range", "correction_range", "momentum_range"):
             value = getattr(self, name)
-            if not 1 < value <= 1e6 and not (name == "momentum_range" and value == 1):
+            if not 1 < value <= 1e6 and not (name in ("decay_range", "momentum_range") and value == 1):
                 raise JelError(f"{name} is {value}; it must lie above 1, and be at most 1e6")
-        bounds = (1 / self.action_range, self.action_range)
-        around = (1 / self.correction_range, self.correction_range)
-        shared = Knob("lr", "lr", bounds=bounds), Knob("weight_decay", "weight_decay", bounds=bounds)
-        own = [Knob(name, "lr", tuple(groups), bounds=around) for name, groups in self.corrections.items()]
+            within[name] = (1 / value, value)
+        knobs = [Knob("lr", "lr", bounds=within["action_range"])]
+        if self.decay_range > 1:
+            knobs.append(Knob("weight_decay", "weight_decay", bounds=within["decay_range"]))
+        for name, groups in self.corrections.items():
+            knobs.append(Knob(name, "lr", tuple(groups), bounds=within["correction_range"]))
         if self.momentum_range > 1:
-            own.append(Knob("momentum", "1-momentum", bounds=(1 / self.momentum_range, self.momentum_range)))
-        return *shared, *own
+            knobs.append(Knob("momentum", "1-momentum", bounds=within["momentum_range"]))
+        return tuple(knobs)
 
     def policy(self, seed: int) -> GaussianPolicy:
         return GaussianPolicy(self.knobs(), self.features, self.hidden, seed, self.initial_log_std)

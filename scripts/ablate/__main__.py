@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from jel.controller import PolicyController
 from jel.errors import JelError
 from jel.policy import load_policy, multiplier_table
 from jel.schedule import FORMAT, VERSION, save_schedule
@@ -81,7 +82,7 @@ def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed:
     common = ["--preset", args.preset, "--seed", str(seed), "--resume", "auto"]
     common += ["--data", args.data] if args.data else []
     best = best_flags_of(folder, row)
-    policy = policy_path(folder, row, seed)
+    policy, carry = policy_path(folder, row, seed), []
     if row.learn is not None:
         meta = f"{tag}/meta-s{seed}"
         command = ["scripts.meta_train", *common, "--episode-workers", "1", *best, *row.learn, "--model-tag", meta]
@@ -89,10 +90,11 @@ def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed:
             return False
         policy = run_folder(meta) / "policy"
     if "schedule" in row.control:
+        carry = ["--decay-carry", str(PolicyController(policy).decay_carry)]
         policy = held_mean(policy, run_folder(tag) / f"mean-s{seed}.json")
     deployed = f"{tag}/s{seed}"
     given = ["--policy", str(policy)] if "--controller" in row.control else []
-    command = ["scripts.base_train", *common, *row.control, *best, *given, *row.deploy]
+    command = ["scripts.base_train", *common, *row.control, *best, *given, *carry, *row.deploy]
     return run([*command, "--eval-every", "0", "--model-tag", deployed], run_folder(deployed))
 
 

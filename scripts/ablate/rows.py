@@ -49,6 +49,8 @@ ABLATIONS = {
         ["--recipe", "paper", "--features", "progress", "log_grad_norm"],
     ),
     "no-corrections": Row("no corrections for groups", ["--corrections", "none"]),
+    "decay-knob": Row("weight decay controlled too", ["--decay-range", "100"]),
+    "no-carry": Row("the base's weight decay as it is", None, ("--decay-carry", "0")),
     "no-momentum": Row("momentum stays as it is", ["--momentum-range", "1"]),
     "no-critic": Row("clipped policy gradients instead of the critic", GRPO),
     "no-comparison": Row("the last policy, no comparison", ["--compare", "0"]),
