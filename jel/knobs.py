@@ -101,6 +101,21 @@ def multipliers_of_group(multipliers: Multipliers, group: str | None) -> dict[st
     return {**multipliers.get("*", {}), **(multipliers.get(group, {}) if group is not None else {})}
 
 
+def even_decay(multipliers: Multipliers) -> dict[str, dict[str, float | Tensor]]:
+    """The same, with learning rate x weight decay, which is what a step decays, multiplied alike in every group.
+
+    A group with a learning rate of its own is given the weight decay that makes up for it; one whose weight decay is
+    set keeps that.
+    """
+    shared = {"lr": 1.0, "weight_decay": 1.0, **multipliers.get("*", {})}
+    even: dict[str, dict[str, float | Tensor]] = {}
+    for group, own in multipliers.items():
+        even[group] = dict(own)
+        if group != "*" and "lr" in own:
+            even[group].setdefault("weight_decay", shared["weight_decay"] * shared["lr"] / own["lr"])
+    return even
+
+
 # -----------------------------------------------------------------------------
 # param groups
 

@@ -17,7 +17,7 @@ import time
 import torch
 
 from jel import Controller, Decision, JelError, apply_multipliers, as_decision, load_controller
-from jel.knobs import LARGEST
+from jel.knobs import LARGEST, even_decay
 from nanochat.attention import ATTENTIONS
 from nanochat.checkpoint import save_weights
 from nanochat.common import (
@@ -71,8 +71,10 @@ def flags() -> argparse.ArgumentParser:
     flag("--device-batch-size", type=int, default=32, help="rows per micro-batch and rank; -1 = what the memory holds")
     # hyperparameters
     add_hparam_flags(parser, "hand-tuned")
-    what = "--hparams uniform: base weight decay x sqrt(tokens of this run / these), the tokens of the episodes that a "
-    what += "policy without a knob for it learned on; 0 = as it is; default: what the policy's card says"
+    what = (
+        "--hparams uniform: base weight decay x sqrt(tokens of this run / these, an episode's), and one rate x decay "
+    )
+    what += "for all groups; 0 = neither; default: what the policy's card says"
     flag("--decay-carry", type=int, metavar="TOKENS", help=what)
     # method
     flag("--optimizer", choices=["muon-adamw", "schedule-free"], default="muon-adamw")
@@ -215,6 +217,8 @@ def main() -> int:
         if controller and step % args.decision_interval == 0 and step != progress.returned_to:
             decision = decide(controller, step, num_iterations, progress, evaluator)
             progress.multipliers, go_back = decision.multipliers, decision.go_back
+            if args.decay_carry:
+                progress.multipliers = even_decay(progress.multipliers)
         multipliers = guard.limit(progress.multipliers)
         apply_multipliers(groups, base, multipliers)
         # ---- end of the hook ----
@@ -366,10 +370,8 @@ def build_optimizer(args: argparse.Namespace, model: GPT, steps: int, compute: C
         for group in optimizer.param_groups:  # Muon as it is: no batch rule, no depth rule (the paper's Table 3)
             group["initial_lr"], group["initial_wd"] = args.matrix_lr, args.weight_decay
     for group in optimizer.param_groups:
-        print0(
-            f"  {group['name']:>16} {group['kind']:>6}: {len(group['params'])} tensors, "
-            f"lr {group['initial_lr']:.4g}, weight decay {group['initial_wd']:.4g}"
-        )
+        values = f"lr {group['initial_lr']:.4g}, weight decay {group['initial_wd']:.4g}"
+        print0(f"  {group['name']:>16} {group['kind']:>6}: {len(group['params'])} tensors, {values}")
     return optimizer, schedule
 
 
@@ -396,9 +398,8 @@ def decide(controller: Controller, step: int, steps: int, progress: Progress, ev
         "probe_loss": evaluator.probe_loss,
     }
     # sorted: some are collective, so all ranks must measure them in one order
-    decision = as_decision(
-        controller.decide({name: float(observations[name]()) for name in sorted(controller.observes)})
-    )
+    seen = {name: float(observations[name]()) for name in sorted(controller.observes)}
+    decision = as_decision(controller.decide(seen))
     evaluator.cost.decisions += 1
     evaluator.cost.controller_seconds += time.perf_counter() - t0
     return decision

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jel import IDENTITY, JelError, Knob, apply_multipliers, validate_multipliers
-from jel.knobs import check_knobs, log_bounds, multipliers_from_values, multipliers_of_group
+from jel.knobs import check_knobs, even_decay, log_bounds, multipliers_from_values, multipliers_of_group
 from tests.jel_parts import INF, NAN
 
 # -----------------------------------------------------------------------------
@@ -231,6 +231,18 @@ def test_a_multiplier_of_momentum_acts_on_its_distance_from_one():
     assert groups[0]["betas"][0].tolist() == pytest.approx([0.8, 0.8])
     with pytest.raises(JelError, match="the base schedule sets only momentum"):
         apply_multipliers(groups, base, {"*": {"1-eps": 2.0}})
+
+
+def test_even_decay_gives_every_group_the_same_rate_times_decay():
+    learned = {"*": {"lr": 8.0, "1-momentum": 3.0}, "wte": {"lr": 40.0}, "lm_head": {"lr": 2.0, "weight_decay": 3.0}}
+    even = even_decay({**learned, "scalars": {"1-momentum": 2.0}})
+    products = {g: own["lr"] * own.get("weight_decay", 1.0) for g, own in even.items() if "lr" in own}
+    assert products == pytest.approx({"*": 8.0, "wte": 8.0, "lm_head": 6.0})  # what was set stays as it was
+    assert even["scalars"] == {"1-momentum": 2.0} and even["wte"]["lr"] == 40.0
+    assert even_decay(even) == even and even_decay({"*": {"lr": 2.0}}) == {"*": {"lr": 2.0}}
+    assert even_decay({"a": {"lr": 4.0}}) == {"a": {"lr": 4.0, "weight_decay": 0.25}}
+    both = even_decay({"*": {"lr": 2.0, "weight_decay": 0.5}, "a": {"lr": 8.0}})
+    assert both["a"]["weight_decay"] * 8.0 == 2.0 * 0.5
 
 
 def test_two_names_of_one_hyperparameter_find_the_base():

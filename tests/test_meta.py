@@ -90,10 +90,10 @@ def test_a_blow_up_is_counted_and_does_not_poison():
 
 
 def test_a_recipe_makes_the_parts_it_names():
-    recipe = JelRecipe(action_range=10.0, hidden=8, features=FEEDBACK, advantages="standard")
+    recipe = JelRecipe(action_range=10.0, decay_range=5.0, hidden=8, features=FEEDBACK, advantages="standard")
     policy = recipe.policy(seed=5)
     assert same(policy, GaussianPolicy(recipe.knobs(), FEEDBACK, 8, 5))
-    assert [(knob.name, knob.bounds) for knob in policy.knobs] == [("lr", (0.1, 10)), ("weight_decay", (0.1, 10))]
+    assert [(knob.name, knob.bounds) for knob in policy.knobs] == [("lr", (0.1, 10)), ("weight_decay", (0.2, 5))]
     assert recipe.updater(policy, 0).advantages is ADVANTAGES["standard"]
     env = JelRecipe(reward=RewardConfig(gradient_penalty=0.1)).env(QuadraticTask(), GaussianPolicy())
     env.reset(0, range(2))
