@@ -30,8 +30,9 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "standard": standard_grpo_advantages,  # with GRPO's length and variance normalisation, the ablation of 4.4
 }
 
-# What the recipe `jel` changes in the paper's: corrections for some param groups around the shared multipliers, and
-# momentum; noise that hardly changes within an episode; and a critic of whole episodes.
+# What the recipe `jel` changes in the paper's: corrections for some param groups around the shared multiplier of the
+# learning rate, and momentum; no weight decay, which an episode is too short to feel; noise that hardly changes within
+# an episode; and a critic of whole episodes.
 OURS = {
     "corrections": "groups",
     "decay_range": 1.0,
@@ -81,7 +82,8 @@ class JelRecipe:
     reward: RewardConfig = RewardConfig()
 
     def knobs(self) -> tuple[Knob, ...]:
-        """One multiplier on every group's learning rate, one on its weight decay (3.3), corrections, and momentum.
+        """One multiplier on every group's learning rate, one on its weight decay (3.3), corrections, and momentum: a
+        range of 1 leaves weight decay or momentum out.
 
         A correction multiplies the shared learning rate, so that exploring takes few dimensions however many groups
         there are: groups without one follow the shared multiplier.
