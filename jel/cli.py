@@ -76,7 +76,8 @@ def schedule_of(source: str, points: int) -> dict:
     if points < 1:
         raise JelError(f"--points is {points}; give a number of decisions")
     controller = PolicyController(path)
-    return export_schedule(controller.policy, [i / points for i in range(points)], controller.contract)
+    progresses = [i / points for i in range(points)]
+    return export_schedule(controller.policy, progresses, controller.contract, controller.decay_carry)
 
 
 def _add_export(commands: Any) -> None:

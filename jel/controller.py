@@ -84,13 +84,23 @@ class NullController(Controller):
         return copy.deepcopy(IDENTITY)
 
 
+def decay_carry_of(record: Mapping[str, Any]) -> int:
+    """The tokens of the episodes from which a run carries its weight decay (docs/design.md); 0: it does not.
+
+    `record`: of a policy's training, or a schedule. Raises `JelError` for what is no number of tokens.
+    """
+    tokens = record.get("decay_carry", 0)
+    if type(tokens) is not int or tokens < 0:
+        raise JelError(f"its decay_carry is {tokens!r}, not a number of tokens")
+    return tokens
+
+
 class PolicyController(Controller):
     """JEL: the mean action of a learned policy (paper 3).
 
     `policy`: a `GaussianPolicy`, the path of a saved one, or None for the one shipped with the package. It is copied,
     so training the policy further does not change the controller. `contract`: what its card says that it was learned
-    against, None if nothing; `decay_carry`: the tokens of an episode, from which a run carries its weight decay
-    (docs/design.md), 0 if it does not. Raises `JelError` for a policy that cannot be read.
+    against, None if nothing; `decay_carry`: see `decay_carry_of`. Raises `JelError` for a policy that cannot be read.
     """
 
     def __init__(self, policy: GaussianPolicy | str | Path | None = None):
@@ -100,13 +110,12 @@ class PolicyController(Controller):
             self.policy, card = load_policy(policy or default_policy_path())
         training = card.get("training")
         training = training if isinstance(training, dict) else {}
-        record, self.decay_carry = training.get("contract"), training.get("decay_carry", 0)
+        record = training.get("contract")
         try:
             self.contract = None if record is None else Contract.from_json(record)
+            self.decay_carry = decay_carry_of(training)
         except JelError as e:
             raise JelError(f"policy card of {policy}: {e}") from None
-        if type(self.decay_carry) is not int or self.decay_carry < 0:
-            raise JelError(f"policy card of {policy}: its decay_carry is {self.decay_carry!r}, not a number of tokens")
         self.knobs = self.policy.knobs
         self.watches = self.policy.observes.intersection(WATCHED)
         self.observes = self.policy.observes - self.watches

@@ -107,7 +107,7 @@ def even_decay(multipliers: Multipliers) -> dict[str, dict[str, float | Tensor]]
     A group with a learning rate of its own is given the weight decay that makes up for it; one whose weight decay is
     set keeps that.
     """
-    shared = {"lr": 1.0, "weight_decay": 1.0, **multipliers.get("*", {})}
+    shared = {**IDENTITY["*"], **multipliers_of_group(multipliers, None)}
     even: dict[str, dict[str, float | Tensor]] = {}
     for group, own in multipliers.items():
         even[group] = dict(own)

@@ -5,14 +5,14 @@
  "contract": {"groups": [{"name": "*", "kind": "adamw", "base": {"lr": 0.001, "weight_decay": 0.01}}],
               "schedule": "constant", "steps": 200, "least": 50, "most": 4000},
  "knobs": [{"name": "lr", "hyperparameter": "lr", "groups": ["*"], "scale": "log", "bounds": [0.01, 100.0]}],
- "base_curve": [[0.1, 3.2], [0.2, 2.9]],
+ "base_curve": [[0.1, 3.2], [0.2, 2.9]], "decay_carry": 51200,
  "decisions": [{"progress": 0.0, "multipliers": {"*": {"lr": 1.3, "weight_decay": 0.9}}}, ...]}
 ```
 
 `progress` is the share of the run's steps taken; each decision holds until the next. `contract` (jel/contract.py) is
 what it was learned against: null where that is unknown, without groups where any optimizer fits. `knobs` bound the
-multipliers; `base_curve` is the training loss of the base without the schedule, over progress. The last three may be
-left out. Version 1 had none of the three.
+multipliers; `base_curve` is the training loss of the base without the schedule, over progress; `decay_carry` is the
+tokens of the episodes from which a run carries its weight decay. The last four may be left out. Version 1 had none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jel.contract import Contract
-from jel.controller import Controller
+from jel.controller import Controller, decay_carry_of
 from jel.errors import JelError
 from jel.files import json_bytes, read_json, write_files
 from jel.knobs import LARGEST, Knob, Multipliers, multipliers_of_group, validate_multipliers
@@ -41,6 +41,7 @@ def make_schedule(
     contract: Contract | None = None,
     knobs: Sequence[Knob] = (),
     base_curve: Iterable[tuple[float, float]] = (),
+    decay_carry: int = 0,
 ) -> dict[str, Any]:
     """A schedule of `{"progress": p, "multipliers": {...}}` rows: 0 first, rising, below 1.
 
@@ -52,16 +53,21 @@ def make_schedule(
         whole["knobs"] = [knob.to_json() for knob in knobs]
     if curve := [[float(p), float(loss)] for p, loss in base_curve]:
         whole["base_curve"] = curve
+    if decay_carry:
+        whole["decay_carry"] = decay_carry
     return checked_schedule({**whole, "decisions": [dict(decision) for decision in decisions]})
 
 
-def export_schedule(policy: GaussianPolicy, progresses: Sequence[float], contract: Contract | None = None) -> dict:
+def export_schedule(
+    policy: GaussianPolicy, progresses: Sequence[float], contract: Contract | None = None, decay_carry: int = 0
+) -> dict:
     """The schedule of the policy's mean multipliers at the decision points `progresses`: 0 first, rising, below 1.
 
-    Raises `JelError` for other decision points, or a policy that is not one of progress alone.
+    `contract` and `decay_carry`: those of the policy's `PolicyController`. Raises `JelError` for other decision points,
+    or a policy that is not one of progress alone.
     """
     decisions = multiplier_table(policy, progresses)
-    return make_schedule(decisions, f"policy {policy_digest(policy)}", contract, policy.knobs)
+    return make_schedule(decisions, f"policy {policy_digest(policy)}", contract, policy.knobs, decay_carry=decay_carry)
 
 
 def save_schedule(schedule: dict, path: str | Path) -> None:
@@ -99,7 +105,7 @@ def shape_of(schedule: Mapping[str, Any]) -> dict:
 
     The user's value then stays the peak. It fits any optimizer.
     """
-    whole = {key: value for key, value in schedule.items() if key not in ("knobs", "base_curve")}
+    whole = {key: value for key, value in schedule.items() if key not in ("knobs", "base_curve", "decay_carry")}
     rows = copy.deepcopy(schedule["decisions"])
     names = {group for row in rows for group in row["multipliers"]}
     keys = {key for row in rows for own in row["multipliers"].values() for key in own}
@@ -133,6 +139,7 @@ def checked_schedule(schedule: Any, what: str = "schedule") -> dict:
         raise JelError(f"{what}: the progress of its decisions must start at 0, rise, and stay below 1")
     try:
         contract_of(schedule)
+        decay_carry_of(schedule)
         _check_curve(schedule.get("base_curve", []))
         records = schedule.get("knobs", [])
         if not isinstance(records, list):
@@ -181,6 +188,7 @@ class ScheduleController(Controller):
         self.decisions = copy.deepcopy(checked["decisions"])
         self.points = [d["progress"] for d in self.decisions]
         self.contract, self.knobs = contract_of(checked), knobs_of(checked)
+        self.decay_carry = decay_carry_of(checked)
         self.base_curve = [tuple(row) for row in checked.get("base_curve", [])]
 
     def decide(self, observation: Mapping[str, float]) -> Multipliers:

@@ -11,7 +11,6 @@ Writes $NANOCHAT_BASE_DIR/runs/<tag>/: config.json, log.jsonl, checkpoints/, mod
 from __future__ import annotations
 
 import argparse
-import math
 import time
 
 import torch
@@ -46,7 +45,7 @@ from nanochat.token_cache import TokenCache, epochs_line
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from nanochat.train_step import train_step
 from scripts.evaluation import Evaluator
-from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings
+from scripts.hparams import HPARAM_NAMES, add_hparam_flags, add_model_flags, tuned_settings, uniform_decay
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.run_state import Cost, Progress, RunState, checkpoints_to_keep
 from scripts.runs import check_model, check_numbers, hold, is_finished, resumable_flags, run_folder
@@ -353,9 +352,9 @@ def build_optimizer(args: argparse.Namespace, model: GPT, steps: int, compute: C
     """(optimizer, base schedule): every group with its base values, `initial_lr` and `initial_wd`."""
     optimizer = model.setup_optimizer(**tuned_settings(args), rank=compute.rank, world_size=compute.world_size)
     if args.hparams == "uniform":
-        carry = math.sqrt(steps * args.total_batch_size / args.decay_carry) if args.decay_carry else 1.0
+        decay = uniform_decay(args, steps * args.total_batch_size)
         for group in optimizer.param_groups:
-            group["initial_lr"], group["initial_wd"] = args.base_lr, args.base_wd * carry
+            group["initial_lr"], group["initial_wd"] = args.base_lr, decay
     schedule = {
         "warmup_ratio": args.warmup_ratio,
         "warmdown_ratio": args.warmdown_ratio,

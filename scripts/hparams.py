@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from nanochat.common import print0
+
 HPARAM_NAMES = ["embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "base_lr", "base_wd"]
 
 
@@ -40,6 +42,15 @@ def add_hparam_flags(parser: argparse.ArgumentParser, default: str) -> None:
     flag("--warmup-ratio", type=float, default=0.0)
     flag("--warmdown-ratio", type=float, default=0.4)
     flag("--final-lr-frac", type=float, default=0.0)
+
+
+def uniform_decay(args: argparse.Namespace, tokens: int) -> float:
+    """--base-wd for a run of so many tokens: carried there from the episodes that --decay-carry names, if any."""
+    if not args.decay_carry:
+        return args.base_wd
+    factor = math.sqrt(tokens / args.decay_carry)
+    print0(f"weight decay: base x {factor:.3g}, carried to {tokens:,} tokens from episodes of {args.decay_carry:,}")
+    return args.base_wd * factor
 
 
 def tuned_settings(args: argparse.Namespace) -> dict:

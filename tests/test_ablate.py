@@ -52,8 +52,10 @@ def test_a_row_changes_what_it_says(name):
 
 def test_the_held_mean_is_the_geometric_mean_over_progress(tmp_path):
     policy = lively_policy()
-    save_policy(policy, tmp_path / "policy", {})
-    held = load_schedule(held_mean(tmp_path / "policy", tmp_path / "mean.json"))["decisions"]
+    save_policy(policy, tmp_path / "policy", {"decay_carry": 99})
+    schedule = load_schedule(held_mean(tmp_path / "policy", tmp_path / "mean.json"))
+    held = schedule["decisions"]
+    assert schedule["decay_carry"] == 99
     rows = export_schedule(policy, [i / 50 for i in range(50)])["decisions"]
     logs = [math.log(row["multipliers"]["*"]["lr"]) for row in rows]
     assert len(held) == 1 and max(logs) - min(logs) > 0.1

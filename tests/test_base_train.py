@@ -52,6 +52,19 @@ class Identity(Controller):
         return {"*": {"lr": 1.0, "weight_decay": 1.0}}
 
 
+class Corrected(Controller):
+    """A rate of its own for one group."""
+
+    own = {"lr": 8.0}
+
+    def decide(self, observation):
+        return {"*": {"lr": 4.0}, "lm_head": self.own}
+
+
+class Even(Corrected):
+    own = {"lr": 8.0, "weight_decay": 0.5}
+
+
 @pytest.fixture(scope="module")
 def train(base, corpus):
     def run(tag, *flags, **env):
@@ -150,6 +163,12 @@ def test_weight_decay_is_carried_from_episodes_to_the_run(base, train, tmp_path)
     assert train("carried", "--hparams", "uniform", "--decay-carry", "192").returncode == 0  # of 12 x 256 tokens
     assert train("raised", "--hparams", "uniform", "--base-wd", "0.04").returncode == 0
     assert_same(weights(base, "carried"), weights(base, "raised"))
+    uneven = "--hparams", "uniform", "--base-wd", "1.0", "--controller", "tests.test_base_train:Corrected"
+    assert train("corrected", *uneven, "--decay-carry", "3072").returncode == 0  # x 1: only rate x decay is evened out
+    assert train("even", *uneven[:-1], "tests.test_base_train:Even").returncode == 0
+    assert train("uneven", *uneven).returncode == 0
+    assert_same(weights(base, "corrected"), weights(base, "even"))
+    assert not torch.equal(weights(base, "uneven")["lm_head.weight"], weights(base, "even")["lm_head.weight"])
     save_policy(GaussianPolicy([Knob("lr", "lr")]), tmp_path / "p", {"decay_carry": 192})
     for flags, carried in (("--hparams uniform", 192), ("--hparams uniform --decay-carry 0", 0), ("", 0)):
         given = f"--preset smoke --controller jel --policy {tmp_path / 'p'} {flags}"

@@ -21,6 +21,7 @@ from jel import (
     save_policy,
     save_schedule,
 )
+from jel.schedule import shape_of
 from tests.jel_parts import FEEDBACK, knobs, lively_policy
 
 DECISIONS = [t / 561 for t in range(0, 561, 50)]  # the paper's 12 decision points
@@ -128,10 +129,14 @@ def test_schedule_refuses_bad_files(tmp_path):
 
 def test_a_policys_contract_travels_to_its_schedule(tmp_path):
     contract = Contract((GroupContract("*", "adamw", {"lr": 1e-3}),), "constant", 100)
-    save_policy(lively_policy(), tmp_path / "p", {"contract": contract.to_json()})
+    save_policy(lively_policy(), tmp_path / "p", {"contract": contract.to_json(), "decay_carry": 99})
     controller = PolicyController(tmp_path / "p")
-    schedule = export_schedule(controller.policy, DECISIONS, controller.contract)
-    assert ScheduleController(json.loads(json.dumps(schedule))).contract == controller.contract == contract
+    schedule = export_schedule(controller.policy, DECISIONS, controller.contract, controller.decay_carry)
+    replay = ScheduleController(json.loads(json.dumps(schedule)))
+    assert replay.contract == controller.contract == contract and replay.decay_carry == controller.decay_carry == 99
+    assert ScheduleController(shape_of(schedule)).decay_carry == 0  # it fits any optimizer
+    with pytest.raises(JelError, match="schedule: its decay_carry is -1, not a number of tokens"):
+        ScheduleController({**schedule, "decay_carry": -1})
     save_policy(lively_policy(), tmp_path / "bad", {"contract": {"groups": 3}})
     with pytest.raises(JelError, match="policy card of .*bad: its contract is malformed"):
         PolicyController(tmp_path / "bad")

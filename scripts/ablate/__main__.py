@@ -22,8 +22,8 @@ import torch
 
 from jel.controller import PolicyController
 from jel.errors import JelError
-from jel.policy import load_policy, multiplier_table
-from jel.schedule import FORMAT, VERSION, save_schedule
+from jel.policy import multiplier_table
+from jel.schedule import make_schedule, save_schedule
 from nanochat.common import UserError, base_dir, print0, run_main
 from nanochat.files import read_json, write_json
 from nanochat.preemption import REQUEUE_EXIT_CODE
@@ -82,7 +82,7 @@ def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed:
     common = ["--preset", args.preset, "--seed", str(seed), "--resume", "auto"]
     common += ["--data", args.data] if args.data else []
     best = best_flags_of(folder, row)
-    policy, carry = policy_path(folder, row, seed), []
+    policy = policy_path(folder, row, seed)
     if row.learn is not None:
         meta = f"{tag}/meta-s{seed}"
         command = ["scripts.meta_train", *common, "--episode-workers", "1", *best, *row.learn, "--model-tag", meta]
@@ -90,11 +90,10 @@ def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed:
             return False
         policy = run_folder(meta) / "policy"
     if "schedule" in row.control:
-        carry = ["--decay-carry", str(PolicyController(policy).decay_carry)]
         policy = held_mean(policy, run_folder(tag) / f"mean-s{seed}.json")
     deployed = f"{tag}/s{seed}"
     given = ["--policy", str(policy)] if "--controller" in row.control else []
-    command = ["scripts.base_train", *common, *row.control, *best, *given, *carry, *row.deploy]
+    command = ["scripts.base_train", *common, *row.control, *best, *given, *row.deploy]
     return run([*command, "--eval-every", "0", "--model-tag", deployed], run_folder(deployed))
 
 
@@ -125,16 +124,14 @@ def run(command: list[str], folder: Path) -> bool:
 
 def held_mean(policy_path: Path, path: Path) -> Path:
     """A schedule of one decision: the geometric mean over progress of a policy's multipliers."""
-    policy, _ = load_policy(policy_path)
-    rows = [row["multipliers"] for row in multiplier_table(policy, [i / 50 for i in range(50)])]
+    controller = PolicyController(policy_path)
+    rows = [row["multipliers"] for row in multiplier_table(controller.policy, [i / 50 for i in range(50)])]
     mean = {
         group: {key: float(torch.tensor([r[group][key] for r in rows]).log().mean().exp()) for key in rows[0][group]}
         for group in rows[0]
     }
-    decisions = [{"progress": 0.0, "multipliers": mean}]
-    save_schedule(
-        {"format": FORMAT, "version": VERSION, "source": f"mean of {policy_path}", "decisions": decisions}, path
-    )
+    decisions, source = [{"progress": 0.0, "multipliers": mean}], f"mean of {policy_path}"
+    save_schedule(make_schedule(decisions, source, decay_carry=controller.decay_carry), path)
     return path
 
 
