@@ -17,10 +17,18 @@ from jel.hyperparameters import FROM_ONE, Value, copied, has, initial, live, sca
 def first_rates(groups: list[dict[str, Any]], from_inner: bool) -> list[Value]:
     """The learning rates that multipliers begin on: what an inner scheduler has left in the groups, else `initial_lr`,
     or what a group holds where that is lower, since a warm-up that was attached before has then begun.
+
+    Raises `JelError` where that is 0 and `initial_lr` is not: a schedule that ran before has ended there.
     """
     if from_inner:
         return [copied(live(group, "lr")) for group in groups]
     pairs = [(live(group, "lr"), initial(group, "lr")) for group in groups]
+    for i, (held, base) in enumerate(pairs):
+        if float(held) == 0 < float(base):
+            raise JelError(
+                f"the learning rate of param group {i} is 0, from which no multiplier leads up: give what set it as "
+                "inner=, or set the rate anew"
+            )
     return [copied(held) if float(held) < float(base) else base for held, base in pairs]
 
 
@@ -70,18 +78,22 @@ class BaseValues:
 
     @torch.no_grad()
     def step_inner(self, groups: list[dict[str, Any]], step: Callable[[], None]) -> None:
-        """Step an inner scheduler on the base it knows; the groups then hold what it gives."""
-        products = [copied(live(group, "lr")) for group in groups]
-        for group, base in zip(groups, self._base):
-            write(group, "lr", base["lr"])
+        """Step an inner scheduler on the base it knows; the groups then hold what it gives, momenta included."""
+        products = [{name: copied(live(group, name)) for name in base} for group, base in zip(groups, self._base)]
+        _write_all(groups, self._base)
         try:
             step()
         except BaseException:
-            for group, product in zip(groups, products):
-                write(group, "lr", product)
+            _write_all(groups, products)
             raise
+        self._base = [{name: copied(live(group, name)) for name in base} for group, base in zip(groups, self._base)]
+
+    def release(self, groups: list[dict[str, Any]], held: Held) -> None:
+        """The base into the groups, and nothing of ours beside it. `held`: multipliers of 1."""
+        self.write(groups, held)
         for group, base in zip(groups, self._base):
-            base["lr"] = copied(live(group, "lr"))
+            for name in base.keys() - {"lr"}:
+                group.pop(f"initial_{name.removeprefix(FROM_ONE)}", None)
 
     def state_dict(self) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in base.items()} for base in self._base]
@@ -92,6 +104,12 @@ class BaseValues:
             for name, value in saved.items():
                 held = base.get(name)
                 base[name] = torch.full_like(held, float(value)) if isinstance(held, Tensor) else float(value)
+
+
+def _write_all(groups: list[dict[str, Any]], values: Sequence[dict[str, Value]]) -> None:
+    for group, own in zip(groups, values):
+        for name, value in own.items():
+            write(group, name, value)
 
 
 class _Written:

@@ -17,6 +17,7 @@ Shapes: S features, `...` nothing or E episodes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,3 +64,17 @@ def feature_vector(features: Sequence[str], observation: Mapping[str, float | Te
         source, function = FEATURES.get(name, (name, lambda x: x))
         columns.append(function(torch.as_tensor(observation[source], dtype=torch.float32)))
     return torch.stack(torch.broadcast_tensors(*columns), dim=-1).nan_to_num(0.0)
+
+
+def one_number(name: str, value: Any) -> float | Tensor:
+    """What a loop told: a number, or a tensor () that stays on its device, in float32 at least, since sums follow.
+
+    Raises `JelError` for what is no single number.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(()).to(torch.promote_types(value.dtype, torch.float32))
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        what = f"a tensor of {value.numel()} elements" if isinstance(value, Tensor) else repr(value)
+        raise JelError(f"observe() was told {name} {what}; it takes one number") from None

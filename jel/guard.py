@@ -71,6 +71,8 @@ class Guard:
             self._curve = sorted((float(step), float(loss)) for step, loss in curve)
         except (TypeError, ValueError):
             raise JelError("a guard's curve is a list of (step, loss)") from None
+        if not all(math.isfinite(x) for point in self._curve for x in point):
+            raise JelError("a guard's curve holds a number that is not finite")
         self._until = 0 if self._curve else math.ceil(self.measure * total_steps)  # the base's own steps
         by_default = min(10, max(1, int(self.measure * total_steps) // LEAST))
         self.every = by_default if self._given_every is None else self._given_every
@@ -83,6 +85,7 @@ class Guard:
         self._weight = 0.0  # of what is in the two, out of 1
         self._strikes = 0
         self._snapshots: list[tuple[int, Any]] = []  # (step, copy), the newest last; not part of the state
+        self._saved = 0  # the step of the newest
         self.tripped: str | None = None  # the line that was printed
 
     def check_length(self) -> None:
@@ -112,14 +115,18 @@ class Guard:
         """Whether the base's values hold at this step."""
         return self.tripped is not None or step < self._until
 
-    def check_told(self, step: int) -> None:
+    def due(self, step: int, before: int | None = None) -> bool:
+        """Whether a multiple of `every` lies in (before, step]; `before`: the step of the last call, step - 1."""
+        return step // self.every > (step - 1 if before is None else before) // self.every
+
+    def check_told(self, step: int, before: int | None = None) -> None:
         """Raise `JelError` where a comparison is due and no loss was given."""
-        if self.tripped is None and step and step % self.every == 0 and not (self._weight or self._steps):
+        if self.tripped is None and self.due(step, before) and not (self._weight or self._steps):
             raise JelError("the guard was not told a loss: call observe(loss=...) at every step")
 
-    def judge(self, step: int) -> None:
-        """Compare, and go back where it must: after `step` optimizer steps."""
-        if self.tripped is not None or not step or step % self.every:
+    def judge(self, step: int, before: int | None = None) -> None:
+        """Compare, and go back where it must: after `step` optimizer steps; `before` as in `due`."""
+        if self.tripped is not None or not self.due(step, before):
             return
         if self._steps:
             self._measured()
@@ -130,7 +137,8 @@ class Guard:
         self._strikes = self._strikes + 1 if bad else 0
         if self._strikes >= self.patience or not math.isfinite(loss):
             self._trip(step, loss, base)
-        elif not bad and self._save is not None and step % self.save_every < self.every:
+        elif not bad and self._save is not None and step // self.save_every > self._saved // self.save_every:
+            self._saved = step
             self._snapshots = [*self._snapshots[-1:], (step, self._save())]
 
     def go_back(self, before: int) -> int:

@@ -33,8 +33,11 @@ def kind_of(optimizer: Optimizer, group: Mapping[str, Any]) -> str:
     return str(group.get("kind", type(optimizer).__name__)).lower()
 
 
-def _place(group: Mapping[str, Any], name: str) -> tuple[str, int | None] | None:
-    """(key, index into it or None) of a hyperparameter; None for one that this group does not have."""
+def target(group: Mapping[str, Any], name: str) -> tuple[str, int | None] | None:
+    """(key, index into it or None) of a hyperparameter; None for one that this group does not have.
+
+    Two names with one target are one hyperparameter.
+    """
     name = name.removeprefix(FROM_ONE)
     value = group.get(name)
     if isinstance(value, (Real, Tensor)) and not isinstance(value, bool):
@@ -46,19 +49,14 @@ def _place(group: Mapping[str, Any], name: str) -> tuple[str, int | None] | None
 
 
 def has(group: Mapping[str, Any], name: str) -> bool:
-    return name.removeprefix(FROM_ONE) != "params" and _place(group, name) is not None
-
-
-def target(group: Mapping[str, Any], name: str) -> tuple[str, int | None] | None:
-    """What the name stands for in this group: two names with one target are one hyperparameter."""
-    return _place(group, name)
+    return name.removeprefix(FROM_ONE) != "params" and target(group, name) is not None
 
 
 def described(group: Mapping[str, Any]) -> dict[str, float]:
     """The base values by which a contract knows a group, each under one name."""
     found: dict[tuple[str, int | None], str] = {}
     for name in DESCRIBED:
-        place = _place(group, name)
+        place = target(group, name)
         if place is not None:
             found.setdefault(place, name)
     return {name: float(initial(group, name)) for name in found.values()}
@@ -66,7 +64,7 @@ def described(group: Mapping[str, Any]) -> dict[str, float]:
 
 def live(group: Mapping[str, Any], name: str) -> Value:
     """The value that the group holds, itself: a tensor is not copied. Raises `KeyError` where there is none."""
-    place = _place(group, name)
+    place = target(group, name)
     if place is None:
         raise KeyError(name)
     key, index = place
@@ -111,7 +109,7 @@ def unscaled(name: str, product: Value, multiplier: float) -> Value:
 
 def write(group: dict[str, Any], name: str, value: Value) -> None:
     """Set a hyperparameter that the group has. A tensor is filled in place, unless the new value has other axes."""
-    place = _place(group, name)
+    place = target(group, name)
     if place is None:
         raise KeyError(name)
     key, index = place

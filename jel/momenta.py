@@ -58,7 +58,7 @@ def kind_of_state(state: Mapping[str, Any], group: Mapping[str, Any], param: Ten
 def gains_of(kind: str, group: Mapping[str, Any]) -> Gains:
     """The group's gains at this moment."""
     if kind in ("adam", "inner"):
-        keep, second = group["betas"]
+        keep, second, *_ = group["betas"]  # some have a third
         return Gains(keep, 1 - keep, 1 - keep, second)
     keep = group["momentum"]
     if kind == "sgd":

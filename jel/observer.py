@@ -67,8 +67,8 @@ class Observer:
         self._handles = []
         self._begin_window()
         if attach:
-            before, after = (lambda *_: self.before_step()), (lambda *_: self.after_step())
-            self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+            after = lambda *_: self.after_step()
+            self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(after)]
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -91,7 +91,7 @@ class Observer:
         `loss` counts in the mean of the window; `val_loss` holds until the next one; `grad_norm` is given before the
         optimizer's step.
         """
-        kept = lambda x: x.detach() if isinstance(x, Tensor) else x
+        kept = lambda x: x.detach().to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) else x
         if loss is not None:
             self._loss_sum = self._loss_sum + kept(loss)
             self.losses += 1
@@ -102,6 +102,24 @@ class Observer:
 
     # -------------------------------------------------------------------------
     # around a step
+
+    def _before(self, _: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The optimizer's pre-hook. Under `step(closure)` there are gradients after the closure's first call only."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self.before_step()
+            return None
+        called = False
+
+        def then_measure() -> Any:
+            nonlocal called
+            loss = closure()
+            if not called:
+                called = True
+                self.before_step()
+            return loss
+
+        return (*args[:1], then_measure, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     @torch.no_grad()
     def before_step(self) -> None:

@@ -18,18 +18,19 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from jel.base_values import BaseValues, first_rates
 from jel.contract import CONSTANT
 from jel.controller import Decision, as_decision
 from jel.decisions import BOUNDS, MAX_CHANGE, Held, bounded, check_bound_names, check_bounds, multipliers_of_groups
 from jel.errors import JelError
-from jel.features import OBSERVATIONS
+from jel.features import OBSERVATIONS, one_number
 from jel.guard import Guard, forget_broken
-from jel.hyperparameters import copied, group_names, has, initial, live
+from jel.hyperparameters import copied, group_names, initial, live
 from jel.recording import recorded_schedule
 from jel.schedule import ScheduleController
+from jel.scheduler_state import read_state
 from jel.source import Source
 
 VERSION = 1  # of the state dict
@@ -48,7 +49,8 @@ class Scheduler(LRScheduler):
     - `schedule_or_controller`: an exported schedule (a dict or a path), a policy's path, a registered name, or a
         controller. There is no default.
     - `inner`: a scheduler of the same optimizer, the base schedule. `step` steps it (and passes on its arguments, as
-        `ReduceLROnPlateau` needs), and the multipliers act on what it gives. Without one the base is `initial_lr`.
+        `ReduceLROnPlateau` needs, which is stepped only then), and the multipliers act on what it gives. Without one
+        the base is `initial_lr`.
     - `mode`: "absolute" applies the multipliers where the schedule's contract fits, and refuses elsewhere; "shape"
         divides them by their largest, so that the base value stays the peak.
     - `base_schedule`: what the contract calls the base schedule; default "constant", or the class of `inner`.
@@ -105,6 +107,8 @@ class Scheduler(LRScheduler):
         self._bounds, self._max_change = bounds, max_change or (math.inf if known else MAX_CHANGE)
         self._decision_steps = source.decision_steps(total_steps, interval)
         self._names = group_names(optimizer)
+        if len(set(self._names)) < len(self._names):
+            raise JelError(f"param groups share a name: {', '.join(self._names)}")
         self._observed: dict[str, float | Tensor] = {}
         self._wanted: Held = [{} for _ in self._names]  # the controller's; the guard may hold others
         self._decided: list[tuple[int, Held]] = []
@@ -124,10 +128,13 @@ class Scheduler(LRScheduler):
                 detach()
             raise
 
-        _attached[optimizer] = weakref.ref(self)
-        self._hook = None  # under "calls" nothing of ours runs within the optimizer's step
-        if count == "optimizer":
-            self._hook = optimizer.register_step_post_hook(_counter(weakref.ref(self)))
+        me = weakref.ref(self)
+        _attached[optimizer] = me
+        self._hooks = [optimizer.register_load_state_dict_post_hook(_told(me, Scheduler._write))]
+        if count == "optimizer":  # under "calls" nothing of ours runs within the optimizer's step
+            self._hooks.append(optimizer.register_step_post_hook(_told(me, Scheduler._count)))
+        self._detach = weakref.finalize(self, getattr(self.controller, "detach", lambda: None))
+        self._detach.atexit = False
         self._base, self._wanted = base, wanted
         super().__init__(optimizer)
 
@@ -137,38 +144,39 @@ class Scheduler(LRScheduler):
     def observe(self, loss: float | Tensor | None = None, **observations: float | Tensor) -> None:
         """Say what was measured since the last decision; `loss` is the training loss of this step.
 
-        Names are those of jel/features.py (`grad_norm`, `probe_loss`), and `val_loss`. A tensor is read when a
-        decision needs it, not here. Raises `JelError` for a name that is none.
+        Names are those of jel/features.py (`grad_norm`, `probe_loss`), and `val_loss`. Each holds until it is told
+        anew. A tensor is read when a decision needs it, not here. Raises `JelError` for a name that is none.
         """
         if loss is not None:
             observations["train_loss"] = loss
         if unknown := observations.keys() - GIVEN:
             raise JelError(f"observe() takes loss, {', '.join(sorted(GIVEN))}, and not {', '.join(sorted(unknown))}")
         for name, value in observations.items():
-            self._observed[name] = _scalar(name, value)
+            self._observed[name] = one_number(name, value)
         tell = getattr(self.controller, "observe", None)  # of one that keeps count of its own; it may decide anew
-        if tell is not None and tell(**observations):
-            self._wanted = self._decide(self.last_epoch, None)
-            self._write()
+        if tell is not None and tell(**{name: self._observed[name] for name in observations}):
+            self._hold(self._decide(self.last_epoch, None))
         if self.guard and "train_loss" in observations:
             self.guard.observe(self.last_epoch + 1, self._observed["train_loss"])
         if self.guard and "val_loss" in observations:
             now = self._taken if self.count == "optimizer" else self.last_epoch
+            self._follow()
             self._guarded(lambda guard: guard.validated(now, self._observed["val_loss"]))
             self._write()  # going back may have brought other values with it
         if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
-            self._wanted, self._decided_at = self._decide(self.last_epoch, None), self.last_epoch
-            self._write()
+            self._hold(self._decide(self.last_epoch, None))
+            self._decided_at = self.last_epoch
 
-    def step(self, *args: Any) -> None:
+    def step(self, *args: Any, **named: Any) -> None:
         """After `optimizer.step()`: the next step's values. Arguments go to `inner`.
 
         Raises `JelError`, and leaves the optimizer as it was, past `total_steps`, for an observation that the
         controller needs and was not given, and for param groups that have changed.
         """
-        if args and self.inner is None:  # torch's deprecated way to go to a step
-            if type(args[0]) is not int:
-                raise JelError(f"step({args[0]!r}), and there is no inner scheduler: tell a loss to observe()")
+        if (args or named) and self.inner is None:  # torch's deprecated way to go to a step
+            if named or type(args[0]) is not int:
+                what = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in named.items())])
+                raise JelError(f"step({what}), and there is no inner scheduler: tell a loss to observe()")
             self._restart(args[0])
             return
         groups, taken = self._groups(), self._steps_taken
@@ -176,17 +184,20 @@ class Scheduler(LRScheduler):
             raise JelError(f"step {taken} is past total_steps, {self.total_steps}")
         self._warn_if_idle(taken)
         new = taken > self.last_epoch  # else `step` is called more often than the optimizer steps
+        before, own_count = self.last_epoch, isinstance(self.inner, ReduceLROnPlateau)
         if self.guard and new:
-            self.guard.check_told(taken)
-        changed, due = self._base.follow(groups, self._held()), self.decision_due
+            self.guard.check_told(taken, before)
+        changed, due = self._follow(), self.decision_due
         wanted = self._decide(taken, self._wanted if self._decided_at >= 0 else None) if due else self._wanted
-        if self.inner is not None and (new or args):  # what has arguments, such as a metric, is not ours to count
-            self._base.step_inner(groups, lambda: self.inner.step(*args))  # type: ignore[union-attr]
+        if self.inner is not None and (
+            args or named or new and not own_count
+        ):  # a metric's steps are not ours to count
+            self._base.step_inner(groups, lambda: self.inner.step(*args, **named))  # type: ignore[union-attr]
         self.last_epoch = self._taken = taken
         self._wanted, self._decided_at = wanted, taken if due else self._decided_at
         self._step_count += 1
         if new:
-            self._guarded(lambda guard: guard.judge(taken))
+            self._guarded(lambda guard: guard.judge(taken, before))
         if changed or due or self.inner is not None or self.guard:  # a guard's snapshot may have brought others back
             self._write()
 
@@ -211,22 +222,28 @@ class Scheduler(LRScheduler):
 
     def release(self) -> None:
         """Let go of the optimizer: base values in its groups, and another scheduler may be attached."""
-        self._base.write(self._groups(), [dict.fromkeys(own, 1.0) for own in self._held()])
-        if self._hook is not None:
-            self._hook.remove()
-        if detach := getattr(self.controller, "detach", None):
-            detach()
+        if not self._detach.alive:
+            return  # released before
+        self._follow()
+        self._base.release(self._groups(), [dict.fromkeys(own, 1.0) for own in self._held()])
+        for hook in self._hooks:
+            hook.remove()
+        self._detach()
         _attached.pop(self.optimizer, None)
+
+    def __reduce__(self) -> Any:
+        raise JelError("a jel.Scheduler cannot be copied or pickled: make one anew and load its state_dict()")
 
     # -------------------------------------------------------------------------
     # state
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts of them, and what the controller and `inner` keep."""
-        self._base.follow(self._groups(), self._held())  # a scheduler beside this one may have stepped after it
+        self._follow()  # a scheduler beside this one may have stepped after it
         return {
             "version": VERSION,
             "schedule": self._source.id,
+            "groups": list(self._names),
             "total_steps": self.total_steps,
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
@@ -246,46 +263,21 @@ class Scheduler(LRScheduler):
 
         Raises `JelError`, before anything is changed, for a state of another schedule, length or set of groups.
         """
-        state = state_dict
-        if not isinstance(state, dict) or state.get("version") != VERSION or "schedule" not in state:
-            raise JelError("this is not the state of a jel.Scheduler")
-        if state["schedule"] != self._source.id:
-            raise JelError("the saved run followed another schedule: resume with the schedule that it began with")
-        if missing := {"total_steps", "multipliers", "observed", "base", "decided", "controller"} - state.keys():
-            raise JelError(f"the saved state is malformed (no {', '.join(sorted(missing))})")
-        if state["total_steps"] != self.total_steps:
-            raise JelError(f"the saved run has total_steps {state['total_steps']}, this scheduler {self.total_steps}")
-        if len(state["multipliers"]) != len(self._groups()):
-            raise JelError(f"the saved run has {len(state['multipliers'])} param groups, this one {len(self._names)}")
+        state = read_state(state_dict, VERSION, self._source.id, self.total_steps, self._names, self._groups())
         for part, what in (("inner", "an inner scheduler"), ("guard", "a guard")):
-            if (state.get(part) is None) != (getattr(self, part) is None):
+            if (state[part] is None) != (getattr(self, part) is None):
                 raise JelError(f"the saved run had {what} and this one has none, or the other way round")
         if self.guard is not None:
             self.guard.check_state(state["guard"])
-        try:  # all of it is read before any of it is used
-            numbers = {key: int(state[key]) for key in ("last_epoch", "taken", "step_count", "decided_at")}
-            wanted = [{str(k): float(v) for k, v in own.items()} for own in state["multipliers"]]
-            observed = {str(name): float(value) for name, value in state["observed"].items()}
-            base = [{str(k): float(v) for k, v in own.items()} for own in state["base"]]
-            groups = self._groups()
-            if len(base) != len(wanted) or not all(has(g, k) for g, own in zip(groups, base) for k in own):
-                raise ValueError("base values of other groups")
-            decided = [
-                (int(step), [{str(k): float(v) for k, v in own.items()} for own in held])
-                for step, held in state["decided"]
-            ]
-            parts = state["controller"], state["inner"], state["guard"]
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise JelError(f"the saved state is malformed ({type(e).__name__}: {e})") from None
-        self.controller.load_state_dict(parts[0])
+        self.controller.load_state_dict(state["controller"])
         if self.inner is not None:
-            self.inner.load_state_dict(parts[1])
-        if self.guard and parts[2] is not None:
-            self.guard.load_state_dict(parts[2])
-        self.last_epoch, self._taken = numbers["last_epoch"], numbers["taken"]
-        self._step_count, self._decided_at = numbers["step_count"], numbers["decided_at"]
-        self._wanted, self._observed, self._decided = wanted, observed, decided  # type: ignore[assignment]
-        self._base.load_state_dict(base)
+            self.inner.load_state_dict(state["inner"])
+        if self.guard:
+            self.guard.load_state_dict(state["guard"])
+        self.last_epoch, self._taken = state["last_epoch"], state["taken"]
+        self._step_count, self._decided_at = state["step_count"], state["decided_at"]
+        self._wanted, self._observed, self._decided = state["multipliers"], state["observed"], state["decided"]
+        self._base.load_state_dict(state["base"])
         self._write()
 
     # -------------------------------------------------------------------------
@@ -305,6 +297,8 @@ class Scheduler(LRScheduler):
         self.step() if epoch is None else self._restart(epoch)
 
     def _restart(self, step: int) -> None:
+        if not 0 <= step <= self.total_steps:
+            raise JelError(f"step {step} lies outside of the run's {self.total_steps}")
         groups = self._groups()
         wanted = self._decide(step, None)
         if self.inner is None:
@@ -318,7 +312,8 @@ class Scheduler(LRScheduler):
             held = multipliers_of_groups(decision["multipliers"], self._names, self._groups())
             for name, own, within in zip(self._names, held, bounded(held, None, self._names, self._source.knobs)):
                 for key, value in own.items():
-                    if value != within[key] and self._bounds is None:
+                    given = key in self._bounds if isinstance(self._bounds, Mapping) else self._bounds is not None
+                    if value != within[key] and not given:
                         raise JelError(
                             f"{self._source.name}, decision {i}: multiplier {name}.{key} is {value:g}, outside of the "
                             f"bounds {BOUNDS[0]:g}..{BOUNDS[1]:g}; give bounds= to cut it there or to allow more"
@@ -345,8 +340,8 @@ class Scheduler(LRScheduler):
             how = ", ".join("loss=..." if name == "train_loss" else f"{name}=..." for name in sorted(missing))
             raise JelError(f"{self._source.name} observes what it was not told: call observe({how}) before step()")
         known = {name: float(value) for name, value in self._observed.items()}
-        clock = {"progress": min(step, self.total_steps - 1) / self.total_steps, "step": float(step)}
-        seen = {name: {**known, **clock}.get(name, math.nan) for name in self.controller.observes}
+        known |= {"progress": min(step, self.total_steps - 1) / self.total_steps, "step": float(step)}
+        seen = {name: known.get(name, math.nan) for name in self.controller.observes}
         decision: Decision = as_decision(self.controller.decide(seen))
         if decision.go_back is not None:
             if self.guard is None:
@@ -373,7 +368,26 @@ class Scheduler(LRScheduler):
             return [dict.fromkeys(own, 1.0) for own in self._wanted]
         return self._wanted
 
+    def _count(self) -> None:
+        self._taken += 1
+
+    def _follow(self) -> bool:
+        """Take over what others have written into the groups; whether there was anything."""
+        return self._on and self._base.follow(self._groups(), self._held())
+
+    def _hold(self, wanted: Held) -> None:
+        self._follow()
+        self._wanted = wanted
+        self._write()
+
+    @property
+    def _on(self) -> bool:
+        """Whether the groups are ours to write: not while a `SequentialLR` has another scheduler's turn."""
+        return self.last_epoch >= 0
+
     def _write(self) -> None:
+        if not self._on:
+            return
         groups, held = self._groups(), self._held()
         self._base.write(groups, held)
         if applied := getattr(self.controller, "applied", None):  # bounds and the guard may have had their say
@@ -407,26 +421,14 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _scalar(name: str, value: Any) -> float | Tensor:
-    """One number, of which a tensor stays on its device. Raises `JelError` for what is none."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(())
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        what = f"a tensor of {value.numel()} elements" if isinstance(value, Tensor) else repr(value)
-        raise JelError(f"observe() was told {name} {what}; it takes one number") from None
+def _told(scheduler: weakref.ref[Scheduler], what: Callable[[Scheduler], None]) -> Callable[..., None]:
+    """A hook on the optimizer that does not keep the scheduler alive."""
 
+    def hook(*_: Any) -> None:
+        if (found := scheduler()) is not None:
+            what(found)
 
-def _counter(scheduler: weakref.ref[Scheduler]) -> Any:
-    """The hook that counts optimizer steps; it does not keep the scheduler alive."""
-
-    def count(*_: Any) -> None:
-        found = scheduler()
-        if found is not None:
-            found._taken += 1
-
-    return count
+    return hook
 
 
 def _check_free(optimizer: Optimizer, inner: LRScheduler | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jel.contract import ANY
+from jel.errors import JelError
 from jel.schedule import make_schedule
 
 
@@ -23,5 +24,8 @@ def piecewise(rows: Sequence[tuple[float, float | Mapping[str, Mapping[str, floa
     Raises `JelError` unless progress starts at 0, rises and stays below 1, and multipliers are finite and above 0.
     """
     whole = lambda m: copy.deepcopy(dict(m)) if isinstance(m, Mapping) else {"*": {"lr": m}}
-    decisions = [{"progress": p, "multipliers": whole(m)} for p, m in rows]
+    try:
+        decisions = [{"progress": p, "multipliers": whole(m)} for p, m in rows]
+    except (TypeError, ValueError):
+        raise JelError("a schedule's rows are (progress, multipliers) each") from None
     return make_schedule(decisions, "written by hand", ANY)

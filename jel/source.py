@@ -40,9 +40,9 @@ class Source:
         if mode not in MODES:
             raise JelError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
         self.name, controller = _resolved(given)
-        if mode == "shape" and not isinstance(controller, ScheduleController):
-            controller = ScheduleController(_schedule_of(controller, self.name))
-        if mode == "shape" and isinstance(controller, ScheduleController):
+        if mode == "shape":
+            if not isinstance(controller, ScheduleController):
+                controller = ScheduleController(_schedule_of(controller, self.name))
             shape = shape_of({"format": FORMAT, "version": 1, "decisions": controller.decisions})
             controller = ScheduleController({**shape, "decisions": _only(shape["decisions"], optimizer)})
         self.controller: Controller = controller
@@ -56,14 +56,20 @@ class Source:
         self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def decision_steps(self, total_steps: int, interval: int | None) -> list[int]:
-        """The steps at which it decides: a schedule's own points, else every `interval` steps, 0 first."""
+        """The steps at which it decides, 0 first: a schedule's own points, else every `interval` steps, else as many as
+        the controller wants, evenly spaced. Raises `JelError` for the interval of a schedule.
+        """
         if isinstance(self.controller, ScheduleController):
+            if interval is not None:
+                raise JelError("interval= is for a controller: a schedule has decision points of its own")
             return steps_of(self.controller.points, total_steps)
-        if interval is None and (own := getattr(self.controller, "decision_steps", None)):
+        if interval is not None:
+            return list(range(0, total_steps, interval))
+        if own := getattr(self.controller, "decision_steps", None):
             return own(total_steps)
-        if interval is None:
-            interval = max(1, round(total_steps / getattr(self.controller, "decisions", DECISIONS)))
-        return list(range(0, total_steps, interval))
+        decisions = getattr(self.controller, "decisions", DECISIONS)
+        steps = {round(k * total_steps / decisions) for k in range(decisions)}
+        return sorted(step for step in steps if step < total_steps)
 
 
 def steps_of(points: Sequence[float], total_steps: int) -> list[int]:

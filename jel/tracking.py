@@ -17,6 +17,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from jel.errors import JelError
 from jel.files import json_bytes, write_files
 
@@ -124,6 +126,7 @@ class Tracker:
 
     def log(self, step: int, multipliers: Mapping[str, Mapping[str, float]] | None = None, **values: Any) -> None:
         """Numbers of a step: `loss=` goes to `train/loss`, `val_loss=` to `val/loss`, and the multipliers by group."""
+        values = {name: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for name, v in values.items()}
         flat = flat_record(values if multipliers is None else {**values, "multipliers": multipliers})
         for sink in self.sinks.values():
             sink.log(int(step), flat)

@@ -83,7 +83,7 @@ class ValidationGuard(Guard):
     def check_length(self) -> None:
         """Every length will do."""
 
-    def check_told(self, step: int) -> None:
+    def check_told(self, step: int, before: int | None = None) -> None:
         """Without losses it watches nothing, which is no error."""
 
     def observe(self, step: int, loss: float | Tensor) -> None:
@@ -104,8 +104,8 @@ class ValidationGuard(Guard):
         if self._kept and (self._strikes >= self.patience or not math.isfinite(value)):
             self._back(step, f"validation loss {value:.4g}, the best was {self.best:.4g}")
 
-    def judge(self, step: int) -> None:
-        if self.tripped is None and step % self.every == 0 and not math.isfinite(float(self._last)):
+    def judge(self, step: int, before: int | None = None) -> None:
+        if self.tripped is None and self.due(step, before) and not math.isfinite(float(self._last)):
             self._back(step, f"training loss {float(self._last):.4g}")
 
     def load_best(self, validate: Callable[[], float] | None = None) -> int | None:

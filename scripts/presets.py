@@ -43,13 +43,7 @@ _TINY_EPISODES = {
     "lr_batch_rule": "none",
     "total_batch_size": 2048,
 }
-_TINY_JEL = {
-    "updates": 9,
-    "compare": 1,
-    "num_iterations": 100,
-    "decision_interval": 20,
-    "episode_batch_size": 4,
-}
+_TINY_JEL = {"updates": 9, "compare": 1, "num_iterations": 100, "decision_interval": 20}
 
 PRESETS: dict[str, dict[str, dict]] = {
     "paper": {"meta_train --recipe jel": {"updates": 9, "compare": 1}},  # assumption: as at tiny, not run
@@ -61,7 +55,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "meta_train --recipe paper": {"policy_lr": 3e-3, "updates": 10},
         "meta_train --recipe jel": _TINY_JEL,
     },
-    # 13 times tiny's tokens a run, in batches 32 times an episode's: learning costs less than one.
+    # 13 times tiny's tokens a run, in batches 16 times an episode's: learning costs less than one.
     "small": {
         "sweep": {"seeds": [42, 43, 44, 45, 46]},
         "tok_train": {"data": "embedded", "vocab_size": 512, "name": "tiny"},

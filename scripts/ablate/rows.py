@@ -68,10 +68,10 @@ ABLATIONS = {
     "4-episodes": Row("4 episodes a group, twice as many groups", ["--episodes", "4", "--updates", "18"]),
     "6-groups": Row("6 groups in place of 9", ["--updates", "6"]),
     "long-rows": Row(
-        "rows of twice the length, half as many", ["--episode-seq-len", "128", "--episode-batch-size", "2"]
+        "rows of twice the length, half as many", ["--episode-seq-len", "128", "--episode-batch-size", "4"]
     ),
-    "double-batch": Row("episodes with twice the batch", ["--episode-batch-size", "8"]),
-    "half-batch": Row("episodes with half the batch", ["--episode-batch-size", "2"]),
+    "half-batch": Row("episodes with half the batch", ["--episode-batch-size", "4"]),
+    "quarter-batch": Row("episodes with a quarter of the batch", ["--episode-batch-size", "2"]),
     "own-starts": Row("starts of their own", ["--episode-starts", "own"]),
     "smooth": Row("smoothness penalty 0.1", ["--smoothness-penalty", "0.1"]),
     "gradient": Row("gradient penalty 0.1", ["--gradient-penalty", "0.1"]),

@@ -179,7 +179,7 @@ def best_flags(folder: Path, method: str) -> list[str]:
 
 
 def meta_training_runs(folder: Path, seed: int) -> int:
-    """What the first seed's meta-training cost, in runs of a setting by FLOPs; at least `FEWEST_CONSTANTS`."""
+    """What the first seed's meta-training cost, in runs of a setting by FLOPs; at least 4."""
     path, sweep = folder / f"meta-s{seed}" / "result.json", sweep_path(folder, "schedule-free")
     for needed in (path, sweep):
         if not needed.exists():

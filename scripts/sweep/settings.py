@@ -78,7 +78,7 @@ HAND_TUNED = [(scale, decay) for scale in (0.7, 1.0, 1.4, 2.0) for decay in (0.0
 
 LR_RANGE = (10.0, 100.0)  # multipliers of the learning rate that are tried
 WD_MULTIPLIERS = (10.0, 0.1)  # of the weight decay, tried with the best of the former
-FEWEST_CONSTANTS = 7  # a grid any coarser would be a weak control
+FEWEST_CONSTANTS = 4
 
 
 def lr_multipliers(n: int) -> list[float]:
