@@ -21,13 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jel.contract import Contract
 from jel.controller import PolicyController
 from jel.errors import JelError
 from jel.files import read_json, write_files
 from jel.policy import default_policy_path
 from jel.policy_lstm import FORMAT as LHOPT_FORMAT
-from jel.schedule import FORMAT, checked_schedule, export_schedule, save_schedule
+from jel.schedule import FORMAT, checked_schedule, contract_of, export_schedule, save_schedule
 from jel.show import as_csv, as_text, save_picture
 
 
@@ -111,7 +110,7 @@ def _add_show(commands: Any) -> None:
 def _show(args: argparse.Namespace) -> None:
     schedule = schedule_of(args.source, args.points)
     print(f"{schedule.get('source', 'schedule')}, {len(schedule['decisions'])} decisions")
-    contract = None if schedule.get("contract") is None else Contract.from_json(schedule["contract"])
+    contract = contract_of(schedule)
     if contract is None:
         print("contract: none; only its shape can be used (--mode shape)")
     elif not contract.groups:

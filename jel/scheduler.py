@@ -212,7 +212,7 @@ class Scheduler(LRScheduler):
         return {name: dict(own) for name, own in zip(self._names, self._held())}
 
     def recorded(self) -> dict[str, Any]:
-        """The decisions so far as a schedule that replays without the controller, at any length (jel/recording.py)."""
+        """What was decided so far, whatever a guard held, as a schedule for any length (jel/recording.py)."""
         about = self.total_steps, self._names, self.optimizer, self._base_schedule, f"recorded from {self._source.name}"
         return recorded_schedule(self._decided, *about, self._source.knobs)
 

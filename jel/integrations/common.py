@@ -11,7 +11,7 @@ from jel.tracking import flat_record
 
 
 def scheduler_in(found: Any) -> jel.Scheduler | None:
-    """The `jel.Scheduler` that this is, wraps (`.scheduler`, `.inner`), or lists; None if there is none.
+    """The `jel.Scheduler` that this is, wraps (`.scheduler`), or lists; None if there is none.
 
     Raises `JelError` for several: a framework's callback would not know which one to tell.
     """

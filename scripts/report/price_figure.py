@@ -98,7 +98,10 @@ def price_figure(points: Sequence[Point], subtitle: str) -> Figure:
     if any(p.price <= 0 for p in points):
         ticks = [t for t in axes.get_xticks() if 2 * nothing <= t <= right]
         axes.set_xticks([nothing, *ticks], labels=["none", *(f"{t:g}" for t in ticks)])
-    axes.set(xlabel="price of finding the settings, in training runs", ylabel="bits per byte of the test split")
+    axes.set(
+        xlabel="price of finding the settings, in training runs (like prices stand side by side)",
+        ylabel="bits per byte of the test split",
+    )
     axes.annotate("better and cheaper", (0.012, 0.015), (0.06, 0.055), **CORNER)
     figure.suptitle(subtitle, x=0.01, ha="left", fontsize=10.5)
     return figure
