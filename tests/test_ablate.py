@@ -32,7 +32,7 @@ def test_a_name_stands_once_and_what_a_row_names_is_there():
     assert set(CARRIED.values()) < set(METHODS)
 
 
-OTHER_PRICE = ("short-episodes", "half-batch", "quarter-batch", "6-groups")  # on purpose
+OTHER_PRICE = ("short-episodes", "half-batch", "quarter-batch")  # on purpose
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -66,7 +66,6 @@ ABLATIONS = {
     "short-episodes": Row("episodes of half the steps", ["--num-iterations", "50", "--decision-interval", "10"]),
     "more-decisions": Row("twice the decisions an episode", ["--decision-interval", "10"]),
     "4-episodes": Row("4 episodes a group, twice as many groups", ["--episodes", "4", "--updates", "18"]),
-    "6-groups": Row("6 groups in place of 9", ["--updates", "6"]),
     "long-rows": Row(
         "rows of twice the length, half as many", ["--episode-seq-len", "128", "--episode-batch-size", "4"]
     ),
