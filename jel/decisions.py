@@ -85,6 +85,12 @@ def bounded(
     return found
 
 
+def evenly_spaced(decisions: int, total_steps: int) -> list[int]:
+    """The steps, 0 first, at which so many decisions fall evenly in a run; fewer where the run has fewer steps."""
+    steps = {round(k * total_steps / decisions) for k in range(decisions)}
+    return sorted(step for step in steps if step < total_steps)
+
+
 def check_bounds(bounds: Any) -> None:
     """Raise `JelError` unless it is None, a pair of rising numbers above 0, or pairs by hyperparameter."""
     pairs = list(bounds.values()) if isinstance(bounds, Mapping) else [] if bounds is None else [bounds]

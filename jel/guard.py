@@ -85,7 +85,6 @@ class Guard:
         self._weight = 0.0  # of what is in the two, out of 1
         self._strikes = 0
         self._snapshots: list[tuple[int, Any]] = []  # (step, copy), the newest last; not part of the state
-        self._saved = 0  # the step of the newest
         self.tripped: str | None = None  # the line that was printed
 
     def check_length(self) -> None:
@@ -116,7 +115,9 @@ class Guard:
         return self.tripped is not None or step < self._until
 
     def due(self, step: int, before: int | None = None) -> bool:
-        """Whether a multiple of `every` lies in (before, step]; `before`: the step of the last call, step - 1."""
+        """Whether a multiple of `every` lies in (before, step]. `before`: the step at the last call, by default the one
+        before.
+        """
         return step // self.every > (step - 1 if before is None else before) // self.every
 
     def check_told(self, step: int, before: int | None = None) -> None:
@@ -137,8 +138,7 @@ class Guard:
         self._strikes = self._strikes + 1 if bad else 0
         if self._strikes >= self.patience or not math.isfinite(loss):
             self._trip(step, loss, base)
-        elif not bad and self._save is not None and step // self.save_every > self._saved // self.save_every:
-            self._saved = step
+        elif not bad and self._save is not None and step // self.save_every > self._newest // self.save_every:
             self._snapshots = [*self._snapshots[-1:], (step, self._save())]
 
     def go_back(self, before: int) -> int:
@@ -176,6 +176,11 @@ class Guard:
         if self._law is None:
             return 0.0
         return 2 * math.sqrt(sum((self._law.at(t) - loss) ** 2 for t, loss in self._points) / len(self._points))
+
+    @property
+    def _newest(self) -> int:
+        """The step of the newest snapshot, 0 before the first."""
+        return self._snapshots[-1][0] if self._snapshots else 0
 
     def _trip(self, step: int, loss: float, base: float) -> None:
         how = "recorded" if self._curve else "extrapolated"

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from jel.actions import StepKnob
 from jel.controller import Controller
+from jel.decisions import evenly_spaced
 from jel.errors import JelError
 from jel.hyperparameters import FROM_ONE, group_names, has, initial
 from jel.knobs import Knob, Multipliers
@@ -88,7 +89,7 @@ class LhoptController(Controller):
     def decision_steps(self, total_steps: int) -> list[int]:
         """As in training: so many decisions a run, 0 first, fewer where the run has fewer steps."""
         self._window = total_steps // self.decisions
-        return sorted({round(k * total_steps / self.decisions) for k in range(self.decisions)})
+        return evenly_spaced(self.decisions, total_steps)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Begin a run of this optimizer, at the values that it has now."""

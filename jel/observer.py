@@ -12,14 +12,17 @@ Shapes: E episodes side by side (`runs`: every parameter has a leading axis E), 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from jel.errors import JelError
+from jel.hooks import weak_hook
 from jel.momenta import averages_of, denominators_of, gains_of, kind_of_state, param_states
 from jel.pieces import Pieces, inner, total
 from jel.unitless import END_WEIGHTS, INNER, MEASURE_EVERY, SUMS, feature_names, inner_statistics, new_memory, observe
@@ -33,9 +36,9 @@ class Observer:
     """Watches `optimizer`; `look` gives the features of a decision and begins the next window of steps.
 
     `constants`: inner statistics that are taken to be these values instead of being measured. With `attach` its hooks
-    are registered on the optimizer; without, the loop calls `before_step` and `after_step`. Where several ranks train
-    one model, each with the averaged gradient, `look` averages over them and is collective. Raises `JelError`, at the
-    step, for gradients that are sparse or sharded.
+    are on the optimizer as long as somebody holds the observer; without, the loop calls `before_step` and `after_step`.
+    Where several ranks train one model, each with the averaged gradient, `look` averages over them and is collective.
+    Raises `JelError`, at the step, for gradients that are sparse or sharded.
     """
 
     def __init__(
@@ -64,17 +67,16 @@ class Observer:
         self._anchored: list[list[int]] = [[] for _ in range(groups)]  # of which of its parameters they are
         self._val_loss: Any = NAN
         self._grad_norm: Any = None
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         self._begin_window()
         if attach:
-            after = lambda *_: self.after_step()
-            self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(after)]
+            self._handles.append(optimizer.register_step_pre_hook(weak_hook(self._before)))
+            self._handles.append(optimizer.register_step_post_hook(weak_hook(self._after)))
+            weakref.finalize(self, _remove, self._handles).atexit = False
 
     def close(self) -> None:
-        """Take the hooks off the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Take the hooks off the optimizer, as the end of the observer does too."""
+        _remove(self._handles)
 
     def _begin_window(self) -> None:
         self.steps, self.losses = 0, 0  # in this window
@@ -119,7 +121,12 @@ class Observer:
                 self.before_step()
             return loss
 
-        return (*args[:1], then_measure, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+        if len(args) > 1:
+            return (args[0], then_measure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": then_measure}
+
+    def _after(self, *_: Any) -> None:
+        self.after_step()
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -384,6 +391,11 @@ class Observer:
         self.steps, self.losses = window["steps"], window["losses"]
         self._loss_sum, self._val_loss = window["loss_sum"].clone(), window["val_loss"].clone()
         self._rows = [t.clone() for t in state["rows"]]
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _trained(group: dict) -> list[int]:

@@ -56,7 +56,7 @@ def make_schedule(
     if decay_carry:
         whole["decay_carry"] = decay_carry
     checked = checked_schedule({**whole, "decisions": [dict(decision) for decision in decisions]})
-    return {**checked, "decisions": [plain_decision(decision) for decision in checked["decisions"]]}
+    return {**checked, "decisions": [_plain_decision(decision) for decision in checked["decisions"]]}
 
 
 def export_schedule(
@@ -81,7 +81,7 @@ def load_schedule(path: str | Path) -> dict:
     return checked_schedule(read_json(Path(path), "schedule"), f"schedule {path}")
 
 
-def plain_decision(decision: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_decision(decision: Mapping[str, Any]) -> dict[str, Any]:
     """A checked decision in Python's own floats, for NumPy's and whatever else is a real number."""
     multipliers = {group: {k: float(m) for k, m in own.items()} for group, own in decision["multipliers"].items()}
     return {**decision, "progress": float(decision["progress"]), "multipliers": multipliers}
@@ -192,7 +192,7 @@ class ScheduleController(Controller):
 
     def __init__(self, schedule: dict | str | Path):
         checked = checked_schedule(schedule) if isinstance(schedule, dict) else load_schedule(schedule)
-        self.decisions = [plain_decision(decision) for decision in checked["decisions"]]
+        self.decisions = [_plain_decision(decision) for decision in checked["decisions"]]
         self.points = [d["progress"] for d in self.decisions]
         self.contract, self.knobs = contract_of(checked), knobs_of(checked)
         self.decay_carry = decay_carry_of(checked)

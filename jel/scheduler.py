@@ -27,6 +27,7 @@ from jel.decisions import BOUNDS, MAX_CHANGE, Held, bounded, check_bound_names, 
 from jel.errors import JelError
 from jel.features import OBSERVATIONS, one_number
 from jel.guard import Guard, forget_broken
+from jel.hooks import weak_hook
 from jel.hyperparameters import copied, group_names, initial, live
 from jel.recording import recorded_schedule
 from jel.schedule import ScheduleController
@@ -128,13 +129,10 @@ class Scheduler(LRScheduler):
                 detach()
             raise
 
-        me = weakref.ref(self)
-        _attached[optimizer] = me
-        self._hooks = [optimizer.register_load_state_dict_post_hook(_told(me, Scheduler._write))]
+        _attached[optimizer] = weakref.ref(self)
+        self._hooks = [optimizer.register_load_state_dict_post_hook(weak_hook(self._write))]
         if count == "optimizer":  # under "calls" nothing of ours runs within the optimizer's step
-            self._hooks.append(optimizer.register_step_post_hook(_told(me, Scheduler._count)))
-        self._detach = weakref.finalize(self, getattr(self.controller, "detach", lambda: None))
-        self._detach.atexit = False
+            self._hooks.append(optimizer.register_step_post_hook(weak_hook(self._count)))
         self._base, self._wanted = base, wanted
         super().__init__(optimizer)
 
@@ -222,13 +220,14 @@ class Scheduler(LRScheduler):
 
     def release(self) -> None:
         """Let go of the optimizer: base values in its groups, and another scheduler may be attached."""
-        if not self._detach.alive:
+        if (attached := _attached.get(self.optimizer)) is None or attached() is not self:
             return  # released before
         self._follow()
         self._base.release(self._groups(), [dict.fromkeys(own, 1.0) for own in self._held()])
         for hook in self._hooks:
             hook.remove()
-        self._detach()
+        if detach := getattr(self.controller, "detach", None):
+            detach()
         _attached.pop(self.optimizer, None)
 
     def __reduce__(self) -> Any:
@@ -368,7 +367,7 @@ class Scheduler(LRScheduler):
             return [dict.fromkeys(own, 1.0) for own in self._wanted]
         return self._wanted
 
-    def _count(self) -> None:
+    def _count(self, *_: Any) -> None:
         self._taken += 1
 
     def _follow(self) -> bool:
@@ -385,7 +384,7 @@ class Scheduler(LRScheduler):
         """Whether the groups are ours to write: not while a `SequentialLR` has another scheduler's turn."""
         return self.last_epoch >= 0
 
-    def _write(self) -> None:
+    def _write(self, *_: Any) -> None:
         if not self._on:
             return
         groups, held = self._groups(), self._held()
@@ -419,16 +418,6 @@ def unwrapped(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise JelError(f"{type(optimizer).__name__} is no torch optimizer")
     return optimizer
-
-
-def _told(scheduler: weakref.ref[Scheduler], what: Callable[[Scheduler], None]) -> Callable[..., None]:
-    """A hook on the optimizer that does not keep the scheduler alive."""
-
-    def hook(*_: Any) -> None:
-        if (found := scheduler()) is not None:
-            what(found)
-
-    return hook
 
 
 def _check_free(optimizer: Optimizer, inner: LRScheduler | None) -> None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from jel.contract import ANY, Contract
 from jel.controller import Controller, PolicyController
+from jel.decisions import evenly_spaced
 from jel.errors import JelError
 from jel.files import read_json
 from jel.hyperparameters import group_names, has
@@ -67,9 +68,7 @@ class Source:
             return list(range(0, total_steps, interval))
         if own := getattr(self.controller, "decision_steps", None):
             return own(total_steps)
-        decisions = getattr(self.controller, "decisions", DECISIONS)
-        steps = {round(k * total_steps / decisions) for k in range(decisions)}
-        return sorted(step for step in steps if step < total_steps)
+        return evenly_spaced(getattr(self.controller, "decisions", DECISIONS), total_steps)
 
 
 def steps_of(points: Sequence[float], total_steps: int) -> list[int]:

@@ -270,7 +270,7 @@ BORDERS = (r"(?<=\n\n)(?=\S)", r"(?<=\n\n)(?=    (?:@|(?:def|class|async)\b))", 
 def build_embedded(folder: Path) -> None:
     """Write the embedded corpus. A source file is held out as a whole or not at all."""
     library = Path(sysconfig.get_path("stdlib"))
-    texts = library_texts(library)
+    texts = stdlib_texts(library)
     if not texts:
         raise UserError(f"this Python has no library source in {library}; name a folder of texts instead")
     rng = random.Random(derive_seed(0, "embedded"))
@@ -284,7 +284,7 @@ def build_embedded(folder: Path) -> None:
     )
 
 
-def library_texts(library: Path) -> dict[str, str]:
+def stdlib_texts(library: Path) -> dict[str, str]:
     """The library's source by file name: UTF-8 files of 500 bytes or more, without tests and generated tables."""
     texts = {}
     for path in library.rglob("*.py"):

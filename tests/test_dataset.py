@@ -78,7 +78,7 @@ def test_embedded_is_a_corpus(embedded):
 
 
 def test_embedded_is_shuffled_and_holds_out_whole_files(embedded):
-    library = dataset.library_texts(Path(dataset.sysconfig.get_path("stdlib")))
+    library = dataset.stdlib_texts(Path(dataset.sysconfig.get_path("stdlib")))
     shards, val = split_shards(embedded)
     train, val = set(documents(shards)), set(documents([val]))
     files = [set(split_source(text)) for text in library.values()]
@@ -105,7 +105,7 @@ def test_library_files_worth_reading(tmp_path):
         (tmp_path / name).write_text(long)
     (tmp_path / "short.py").write_text("x = 1\n")
     (tmp_path / "latin.py").write_bytes("é".encode("latin-1") * 600)
-    assert dataset.library_texts(tmp_path) == {"good.py": long, "package/good.py": long}
+    assert dataset.stdlib_texts(tmp_path) == {"good.py": long, "package/good.py": long}
 
 
 def test_embedded_needs_a_library(tmp_path, monkeypatch, base):

@@ -239,10 +239,12 @@ def test_a_state_that_trained_before_has_settled():
 def test_what_cannot_be_watched():
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
-    Observer(optimizer)
+    watching = Observer(optimizer)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(JelError, match="sparse"):
         optimizer.step()
+    watching.close()
+    optimizer.step()
     with pytest.raises(JelError, match="every is 0"):
         Observer(torch.optim.SGD(parameters(), lr=0.1), every=0)
     with pytest.raises(JelError, match="torch optimizer, not list"):

@@ -71,7 +71,7 @@ def test_an_optimizer_rolled_back_alone_has_the_present_multiplier(first):
 
 @pytest.mark.parametrize("make", [jel.Guard, lambda **k: jel.ValidationGuard(lambda: None, lambda _: None, **k)])
 @pytest.mark.parametrize("calls", [2, 3, 7])
-def test_a_guard_looks_however_rarely_step_is_called(make, calls, capsys):
+def test_a_guard_looks_however_rarely_step_is_called(make, calls):
     options = {"curve": [(0, 1.0), (100, 1.0)]} if make is jel.Guard else {}
     optimizer = sgd()
     guard = make(every=10, **options)
@@ -204,9 +204,9 @@ def test_a_step_with_a_closure_is_measured_like_one_without(by_name):
             scheduler.step()
         return [p.detach() for p in model.parameters()], scheduler.multipliers
 
-    for a, b in zip(run(True)[0], run(False)[0], strict=True):
-        assert torch.equal(a, b)
-    assert run(True)[1] == run(False)[1]
+    (weights, multipliers), (others, theirs) = run(True), run(False)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    assert multipliers == theirs
 
 
 @pytest.mark.parametrize("total", [7, 29, 30, 100, 250])
@@ -235,6 +235,18 @@ def test_a_scheduler_that_is_gone_no_longer_watches():
         scheduler = jel.Scheduler(optimizer, 40, "lhopt")
         del scheduler
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_controller_that_goes_on_with_another_optimizer_watches_that_one():
+    controller, scheduler = jel.LhoptController(), None
+    for _ in range(2):  # the second scheduler is made before the first is gone
+        optimizer = sgd(lr=0.01)
+        scheduler = jel.Scheduler(optimizer, 40, controller)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.observe(loss=1.0)
+        scheduler.step()
+    assert len(optimizer._optimizer_step_pre_hooks) == 1 and controller.observer is not None
 
 
 def test_releasing_twice_frees_nobody_elses_optimizer():

@@ -21,7 +21,7 @@ from jel.learn.workers import ParallelTask
 from jel.tasks.pretrain import PretrainTask, group_names, uniform_base
 from nanochat.common import Compute, base_dir, need
 from nanochat.dataloader import DataLoader
-from nanochat.dataset import library_texts, write_shards
+from nanochat.dataset import stdlib_texts, write_shards
 from nanochat.divergence_guard import DivergenceGuard
 from nanochat.files import locked
 from nanochat.gpt import GPT, GPTConfig
@@ -198,7 +198,7 @@ def case_data(spec: dict, compute: Compute) -> Callable[[], dict]:
     """
 
     def turn() -> dict:
-        library = library_texts(Path(sysconfig.get_path("stdlib")))
+        library = stdlib_texts(Path(sysconfig.get_path("stdlib")))
         texts = [text for _, text in sorted(library.items())][: spec["files"]]
         documents = ((text, i % 16 == 0) for i, text in enumerate(texts))
         write_shards(base_dir() / "data" / "bench", documents, 2 << 20, source="library")

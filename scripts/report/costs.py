@@ -15,7 +15,8 @@ from scripts.sweep.settings import SWEEPS, run_price
 
 # Runs spent on a method at tiny before its sweep or its recipe was written down. The 37 are listed in
 # scripts/sweep/settings.py. JEL's are an estimate: the meta-trainings and deployed runs listed in docs/history.md,
-# 160 and 30 for the paper's recipe, 255, 455 and 390 for the first three of our own, and 560 for weight decay.
+# 160 and 30 for the paper's recipe, 255, 455 and 390 for the first three of our own, 560 for weight decay, and 170 for
+# episodes with half the batch.
 EXPLORATORY_RUNS = {"hand_tuned": 37, "jel": 2000}
 
 

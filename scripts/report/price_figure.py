@@ -99,7 +99,7 @@ def price_figure(points: Sequence[Point], subtitle: str) -> Figure:
         ticks = [t for t in axes.get_xticks() if 2 * nothing <= t <= right]
         axes.set_xticks([nothing, *ticks], labels=["none", *(f"{t:g}" for t in ticks)])
     axes.set(
-        xlabel="price of finding the settings, in training runs (like prices stand side by side)",
+        xlabel="price of finding the settings, in training runs (similar prices drawn side by side)",
         ylabel="bits per byte of the test split",
     )
     axes.annotate("better and cheaper", (0.012, 0.015), (0.06, 0.055), **CORNER)
