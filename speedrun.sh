@@ -82,7 +82,7 @@ sweep schedule-free-fair "$fair"
 
 if [ "$preset" = paper ]; then say "tuning of the upper bound: none, the hand-tuned defaults are the paper's"
 else
-    say "open tuning of the upper bound (8 settings)"
+    say "open tuning of the upper bound (12 settings)"
     sweep hand-tuned "$tuned"
 fi
 

@@ -25,7 +25,7 @@ from nanochat.run_log import format_seconds
 from scripts import base_train, meta_train
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.sweep import __main__ as sweep
-from scripts.sweep.settings import METHODS, PAPER_STEPS, SCHEDULE_FREE, SCHEDULE_FREE_FAIR
+from scripts.sweep.settings import HAND_TUNED, METHODS, PAPER_STEPS, SCHEDULE_FREE, SCHEDULE_FREE_FAIR
 
 SHARE = 0.85  # of the time that is planned: the rest is for what was not measured (assumption)
 FEWEST_UPDATES = 4
@@ -197,7 +197,7 @@ def wished(preset: str, seeds: int) -> Plan:
         seeds=seeds,
         settings=min(most, len(SCHEDULE_FREE)),
         fair=min(most, len(SCHEDULE_FREE_FAIR)),
-        tuned=0 if preset == "paper" else min(most, 8),
+        tuned=0 if preset == "paper" else min(most, len(HAND_TUNED)),
         constants=min(most, 12),
         updates=meta.updates,
         steps=steps,

@@ -15,9 +15,9 @@ from scripts.ablate.rows import CARRIED, TABLES, Row
 from scripts.meta_flags import check_flags, flags
 from scripts.meta_train import make_recipe
 from scripts.presets import parse_with_preset
-from scripts.report.costs import tuning_cost
+from scripts.report.costs import EXPLORATORY_RUNS, tuning_cost
 from scripts.report.evidence import read_evidence
-from scripts.sweep.settings import METHODS
+from scripts.sweep.settings import METHODS, SWEEPS
 from tests.jel_parts import lively_policy
 from tests.report_runs import SEEDS, add_everything, write
 
@@ -28,6 +28,7 @@ def test_a_name_stands_once_and_what_a_row_names_is_there():
     assert len(ROWS) == sum(map(len, TABLES.values())) and len({row.what for row in ROWS.values()}) == len(ROWS)
     for row in ROWS.values():
         assert row.against in (None, *METHODS, *ROWS) and row.best_of in (None, *METHODS)
+        assert row.sweep in (None, *SWEEPS.get(row.best_of, ()))
         assert row.policy_of is None or ROWS[row.policy_of].learn is not None
     assert set(CARRIED.values()) < set(METHODS)
 
@@ -76,8 +77,8 @@ def test_a_row_is_recorded_with_its_own_price_and_jels_difference(tmp_path, monk
     add_everything(folder)
     meta = lambda seed: read_json(folder / f"meta-s{seed}" / "result.json", "result")
     jel = {s: read_json(folder / f"jel-s{s}" / "result.json", "result")["test_bpb"] for s in SEEDS}
-    names = "no-momentum", "own-mean", "depth-x2-tuned", "depth-x2-untouched"
-    for name, worse in zip(names, (0.1, 0.0, 1.0, 2.0)):
+    names = "no-momentum", "own-mean", "depth-x2-tuned", "depth-x2-untouched", "depth-x2-there"
+    for name, worse in zip(names, (0.1, 0.0, 1.0, 2.0, 0.5)):
         for s in SEEDS:
             own = folder / "ablate" / name
             write(own / f"s{s}" / "result.json", {"test_bpb": jel[s] + worse * (1 + s / 100)})
@@ -90,11 +91,15 @@ def test_a_row_is_recorded_with_its_own_price_and_jels_difference(tmp_path, monk
     for table, name in (("ablations", "no-momentum"), ("equal_budget", "own-mean"), ("transfer", "depth-x2-tuned")):
         record(args, folder, table, name)
     record(args, folder, "transfer", "depth-x2-untouched")
+    sweep = {"rows": [{"val_bpb": 2.0, "flops": 3 * meta(s)["flops"]} for s in SEEDS], "best": 0}
+    write(folder / "ablate" / "depth-x2-there" / "sweep_hand_tuned.json", sweep)
+    record(args, folder, "transfer", "depth-x2-there")
     rows = {r["name"]: r for t in TABLES for r in read_json(folder / "evidence" / f"{t}.json", "table")}
     found = [rows[ROWS[name].what] for name in names]
     once = found[1]["run_equivalents"]
     assert found[0]["run_equivalents"] == pytest.approx(2 * once) and found[3]["run_equivalents"] == 0.0
     assert found[2]["run_equivalents"] == tuning_cost(read_evidence(tmp_path / "runs", "tiny"), "hand_tuned") != once
+    assert found[4]["run_equivalents"] == pytest.approx(3 * len(SEEDS) * once + EXPLORATORY_RUNS["hand_tuned"])
     assert found[0]["difference"] == pytest.approx(-0.1 * (1 + sum(SEEDS) / len(SEEDS) / 100)) and found[0]["interval"]
     assert found[1]["difference"] == 0.0 and found[2]["difference"] is None
     assert "a former row" in rows

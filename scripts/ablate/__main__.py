@@ -30,11 +30,11 @@ from nanochat.preemption import REQUEUE_EXIT_CODE
 from nanochat.run_log import Stopwatch, format_seconds
 from scripts.ablate.rows import TABLES, Row
 from scripts.presets import add_preset_flag, parse_with_preset
-from scripts.report.costs import in_runs, tuning_cost
+from scripts.report.costs import exploratory_runs, in_runs, rows_cost, tuning_cost
 from scripts.report.evidence import read_evidence
-from scripts.report.statistics import compare
+from scripts.report.statistics import compare, total
 from scripts.runs import run_folder
-from scripts.sweep.__main__ import best_flags
+from scripts.sweep.__main__ import best_flags, sweep_path
 
 
 def main() -> int:
@@ -62,9 +62,10 @@ def main() -> int:
     for done, name in enumerate(chosen):
         table = next(table for table, rows in TABLES.items() if name in rows)
         print0(f"row {done + 1} of {len(chosen)}: {name} ({TABLES[table][name].what}), {len(args.seeds)} seeds")
-        with ThreadPoolExecutor(jobs) as pool:
-            finished = list(pool.map(lambda seed, n=name, t=table: run_row(args, folder, t, n, seed), args.seeds))
-        if not all(finished):
+        if finished := tuned(args, table, name, jobs):
+            with ThreadPoolExecutor(jobs) as pool:
+                finished = all(pool.map(lambda seed, n=name, t=table: run_row(args, folder, t, n, seed), args.seeds))
+        if not finished:
             print0("stopped; run the same command again to go on")
             return REQUEUE_EXIT_CODE
         record(args, folder, table, name)
@@ -76,12 +77,22 @@ def main() -> int:
 # a row with one seed
 
 
+def tuned(args: argparse.Namespace, table: str, name: str, jobs: int) -> bool:
+    """Run the sweep of a row that has its own; False if a signal stopped it."""
+    row = TABLES[table][name]
+    if row.sweep is None:
+        return True
+    command = ["scripts.sweep", "--preset", args.preset, "--what", row.sweep, "--folder", f"ablate/{name}"]
+    command += ["--seeds", *map(str, args.seeds), "--jobs", str(jobs), *(["--data", args.data] if args.data else [])]
+    return run([*command, "--", *row.deploy], run_folder(f"{args.preset}/ablate/{name}"))
+
+
 def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed: int) -> bool:
     """Learn and deploy; False if a signal stopped it. Finished parts are skipped."""
     row, tag = TABLES[table][name], f"{args.preset}/ablate/{name}"
     common = ["--preset", args.preset, "--seed", str(seed), "--resume", "auto"]
     common += ["--data", args.data] if args.data else []
-    best = best_flags_of(folder, row)
+    best = best_flags_of(run_folder(tag) if row.sweep else folder, row)
     policy = policy_path(folder, row, seed)
     if row.learn is not None:
         meta = f"{tag}/meta-s{seed}"
@@ -165,6 +176,9 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
             difference, interval = c.difference, c.interval
     if price:
         runs = in_runs(evidence, sum(price) / len(price))
+    elif row.sweep is not None:
+        sweep = read_json(sweep_path(run_folder(f"{args.preset}/ablate/{name}"), row.sweep), "sweep")
+        runs = total([rows_cost(evidence, sweep["rows"]).runs, exploratory_runs(evidence, row.best_of)])
     else:
         runs = None if row.best_of is None else tuning_cost(evidence, row.best_of)
     found = {

@@ -19,8 +19,9 @@ class Row:
 
     `learn`: what to change in meta-training; None: no learning, and the policies are those of the row `policy_of`, or
     JEL's own. `deploy`: what to change in the run; `control`: what controls it. `best_of`: a method of Table 1 whose
-    best flags are used, in the run and, if it learns, as the base that it learns on. `against`: the row, or the method
-    of Table 1, that the verdict compares with; None for no verdict.
+    best flags are used, in the run and, if it learns, as the base that it learns on. `sweep`: choose those flags by the
+    method's sweep of this name with `deploy`, in place of Table 1's. `against`: the row, or the method of Table 1, that
+    the verdict compares with; None for no verdict.
     """
 
     what: str
@@ -29,6 +30,7 @@ class Row:
     control: tuple[str, ...] = UNIFORM
     policy_of: str | None = None
     best_of: str | None = None
+    sweep: str | None = None
     against: str | None = "jel"
 
 
@@ -98,7 +100,8 @@ EQUAL_BUDGET = {
     "own-mean": Row("JEL's own mean decision, held", control=HELD),
 }
 
-# Where a policy goes unchanged, and what is carried there beside it: the settings that were best at home.
+# Where a policy goes unchanged, and what stands there beside it: the settings that were best at home, and rates tuned
+# in that place.
 PLACES = {
     "depth-x2": ("twice the depth", ("--depth", "4", "--aspect-ratio", "16")),
     "width-x2": ("twice the width", ("--aspect-ratio", "64")),
@@ -118,6 +121,9 @@ def transfer_rows() -> dict[str, Row]:
             rows[f"{place}-{name}"] = Row(
                 f"{method.replace('_', ' ')}, {what}", None, deploy, (), best_of=method, against=place
             )
+        rows[f"{place}-there"] = Row(
+            f"hand tuned there, {what}", None, deploy, (), best_of="hand_tuned", sweep="hand-tuned", against=place
+        )
     return rows
 
 

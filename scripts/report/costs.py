@@ -46,8 +46,12 @@ def run_cost(evidence: Evidence, method: str) -> Price:
 
 
 def sweep_cost(evidence: Evidence, what: str) -> Price:
-    """All settings of a sweep. One that diverged counts by the tokens that it came to."""
-    rows = evidence.sweeps[what]["rows"] if what in evidence.sweeps else []
+    """All settings of a sweep."""
+    return rows_cost(evidence, evidence.sweeps[what]["rows"] if what in evidence.sweeps else [])
+
+
+def rows_cost(evidence: Evidence, rows: list[dict]) -> Price:
+    """All these settings. One that diverged counts by the tokens that it came to."""
     per_token = ratio(unit(evidence), unit(evidence, "tokens"))
     flops = [
         row["flops"] if row["flops"] is not None else None if per_token is None else row["tokens"] * per_token

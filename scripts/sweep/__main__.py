@@ -2,12 +2,14 @@
 
     python -m scripts.sweep --what schedule-free                    the 8 settings of the paper's Table 3
     python -m scripts.sweep --what schedule-free-fair               8 more around the best of them
-    python -m scripts.sweep --preset tiny --what hand-tuned         open tuning of the upper bound, 8 settings
+    python -m scripts.sweep --preset tiny --what hand-tuned         open tuning of the upper bound, 12 settings
     python -m scripts.sweep --what best-constant                    constant multipliers, as many as meta-training costs
     python -m scripts.sweep --what methods --seeds 42 43 44 45 46   the methods of Table 1, each with every seed
+    python -m scripts.sweep --what hand-tuned --folder deeper -- --depth 4   any flags of base_train for every run
 
 Each run has its folder $NANOCHAT_BASE_DIR/runs/<preset>/<name>/, with what it printed in output.txt. A sweep over
-settings uses the first seed and writes runs/<preset>/sweep_<what>.json: {"rows": [...], "best": index, "runs": 8}.
+settings uses the first seed and writes runs/<preset>/sweep_<what>.json: {"rows": [...], "best": index, "runs": 12}.
+With --folder, both lie in runs/<preset>/<folder>.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from jel.errors import JelError
 from jel.registry import load_controller
 from nanochat.checkpoint import untrusted
-from nanochat.common import UserError, base_dir, print0, run_main
+from nanochat.common import UserError, print0, run_main
 from nanochat.dataset import resolve_data
 from nanochat.files import read_json, write_json
 from nanochat.preemption import REQUEUE_EXIT_CODE
@@ -29,6 +31,7 @@ from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer, tokenizer_folder
 from scripts import base_train
 from scripts.presets import add_preset_flag, parse_with_preset
+from scripts.runs import run_folder
 from scripts.sweep.progress import Job, describe
 from scripts.sweep.runs import Devices, alone, row_of, run_jobs
 from scripts.sweep.settings import (
@@ -54,12 +57,14 @@ def flags() -> argparse.ArgumentParser:
     flag("--policy", help="methods: jel's policy for every seed, or `shipped`; default: runs/<preset>/meta-s<seed>'s")
     flag("--data", help="as in base_train; default: the preset's")
     flag("--num-iterations", type=int, default=-1, help="steps of every run; -1 = the preset's")
+    flag("--folder", default="", help="inside runs/<preset>, for runs with other flags; default: runs/<preset> itself")
+    flag("run_flags", nargs="*", metavar="-- FLAG", help="of base_train, for every run")
     return parser
 
 
 def main() -> int:
     args = parse_with_preset(flags(), "sweep")
-    folder = base_dir() / "runs" / args.preset
+    folder = run_folder(f"{args.preset}/{args.folder}")
     if args.settings is not None and args.settings < 1:
         raise UserError(f"--settings is {args.settings}; it must be at least 1")
     if len(set(args.seeds)) < len(args.seeds):
@@ -70,9 +75,10 @@ def main() -> int:
         raise UserError(f"--policy is for --what methods; --what {args.what} runs no controller")
     common = ["--data", args.data] if args.data else []
     common += ["--num-iterations", str(args.num_iterations)] if args.num_iterations != -1 else []
+    common += args.run_flags
     every_run = parse_with_preset(base_train.flags(), "base_train", ["--preset", args.preset, *common])
     steps = PAPER_STEPS if every_run.num_iterations == -1 else every_run.num_iterations  # only paper derives its length
-    plan = Plan(args.preset, args.seeds, steps, common)
+    plan = Plan(args.preset, args.seeds, steps, common, args.folder)
 
     # -------------------------------------------------------------------------
     # what is to be run
@@ -148,7 +154,8 @@ def best_of(jobs: list[Job], rows: dict[str, dict]) -> int | None:
 def best_row(folder: Path, what: str) -> dict:
     """The row that won a sweep. Raises `UserError` if there is none, or the file is not a sweep's."""
     path = sweep_path(folder, what)
-    again = f"python -m scripts.sweep --preset {folder.name} --what {what}"
+    preset, _, inside = folder.as_posix().rpartition("/runs/")[2].partition("/")
+    again = f"python -m scripts.sweep --preset {preset} --what {what}" + f" --folder {inside}" * bool(inside)
     if not path.exists():
         raise UserError(f"{path} does not exist; first run: {again}")
     sweep = read_json(path, "sweep")

@@ -56,7 +56,7 @@ SCHEDULE_FREE_FAIR = [  # Muon's schedule, Muon's rate, betas, multiple of the b
 # hand-tuned
 
 # The upper bound at tiny: these rates x a scale, and the weight decay (base_train multiplies it by (12 / depth)^2).
-# 37 exploratory runs (seed 42) found them, which belong to this baseline's price beside the 8: 23 with 4 layers
+# 37 exploratory runs (seed 42) found them, which belong to this baseline's price beside the 12: 23 with 4 layers
 # of width 64, 14 with tiny's 2; on longer documents than today's, so these bpb compare with one another only:
 #   matrix  embedding  unembedding  scalar  decay  4 layers  2 layers
 #     0.02        0.3        0.004     0.5    0.2     2.065            the paper's; x 0.25 to x 4: no better
@@ -71,7 +71,9 @@ SCHEDULE_FREE_FAIR = [  # Muon's schedule, Muon's rate, betas, multiple of the b
 #     0.06       0.06        0.004     0.1      0               2.069
 #     0.06       0.15        0.008     0.1      0               2.066
 HAND_TUNED_RATES = {"--matrix-lr": 0.06, "--embedding-lr": 0.1, "--unembedding-lr": 0.008, "--scalar-lr": 0.1}
-HAND_TUNED = [(scale, decay) for scale in (0.7, 1.0, 1.4, 2.0) for decay in (0.0, 0.005)]  # rates' scale, weight decay
+SCALES = (0.7, 1.0, 1.4, 2.0)
+HAND_TUNED = [(scale, decay) for scale in SCALES for decay in (0.0, 0.005)]  # scale of the rates, weight decay
+HAND_TUNED += [(scale, 0.01) for scale in SCALES]  # longer runs want it
 
 # -----------------------------------------------------------------------------
 # the best constant
@@ -96,14 +98,18 @@ def lr_multipliers(n: int) -> list[float]:
 
 
 class Plan:
-    """Makes the runs of one preset: `seeds`, `steps` of a run, and the flags `common` to all of them."""
+    """Makes the runs of one preset: `seeds`, `steps` of a run, and the flags `common` to all of them.
 
-    def __init__(self, preset: str, seeds: Sequence[int], steps: int, common: Sequence[str] = ()):
+    Their folders lie in runs/<preset>/<folder>.
+    """
+
+    def __init__(self, preset: str, seeds: Sequence[int], steps: int, common: Sequence[str] = (), folder: str = ""):
         self.preset, self.seeds, self.steps, self.common = preset, list(seeds), steps, list(common)
+        self.folder = f"{preset}/{folder}".rstrip("/")
 
     def job(self, name: str, seed: int, row: dict, flags: Sequence, *others: str) -> Job:
         common = ["--preset", self.preset, "--seed", str(seed), *self.common, *others]
-        return Job(f"{self.preset}/{name}", row, [str(word) for word in flags], common)
+        return Job(f"{self.folder}/{name}", row, [str(word) for word in flags], common)
 
     def setting(self, name: str, row: dict, flags: Sequence) -> Job:
         return self.job(name, self.seeds[0], row, flags, *SETTING_FLAGS)
