@@ -7,6 +7,7 @@ times GPUs on CUDA. Probe, validation and test passes count wherever they are ma
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from scripts.report.evidence import Evidence
@@ -18,6 +19,7 @@ from scripts.sweep.settings import SWEEPS, run_price
 # 160 and 30 for the paper's recipe, 255, 455 and 390 for the first three of our own, 560 for weight decay, and 170 for
 # episodes with half the batch.
 EXPLORATORY_RUNS = {"hand_tuned": 37, "jel": 2000}
+TINY_RUNS = {"tiny": 1.0, "small": 12.8}  # a run of these presets in runs of tiny, by tokens
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def tuning_parts(evidence: Evidence, method: str) -> list[tuple[str, Price]]:
 
 
 def exploratory_runs(evidence: Evidence, method: str) -> int:
-    """0 at the paper's size, where nobody knows what the paper's authors spent, and at smoke, where nothing was."""
-    return EXPLORATORY_RUNS.get(method, 0) if evidence.preset in ("tiny", "small") else 0
+    """In runs of the preset; 0 at the paper's size, where nobody knows what its authors spent, and at smoke."""
+    return round(EXPLORATORY_RUNS.get(method, 0) / TINY_RUNS.get(evidence.preset, math.inf))
 
 
 def tuning_cost(evidence: Evidence, method: str) -> float | None:

@@ -228,7 +228,7 @@ def notes(evidence: Evidence) -> list[str]:
         found.append(
             "Exploratory runs are what a person spent, at tiny, before the sweep or the recipe was written down: "
             f"{EXPLORATORY_RUNS['hand_tuned']} for the hand-tuned rates (listed in scripts/sweep/settings.py), roughly "
-            f"{EXPLORATORY_RUNS['jel']} run equivalents for JEL's recipe (an estimate; docs/history.md lists "
+            f"{EXPLORATORY_RUNS['jel']} runs of tiny for JEL's recipe (an estimate; docs/history.md lists "
             "what was tried)."
         )
     constant, meta = sweep_cost(evidence, "best-constant").runs, meta_cost(evidence).runs
