@@ -4,9 +4,9 @@
     python -m scripts.ablate --preset tiny paper cma          some rows, by name
     python -m scripts.ablate --list                           the rows
 
-Needs the runs of `scripts.sweep --what methods` (JEL's own). A row learns one policy a seed and deploys it, several
-seeds side by side, in runs/<preset>/ablate/<name>/; the tables are runs/<preset>/evidence/{ablations,equal_budget,
-transfer}.json, which scripts.report reads.
+Needs the runs of `scripts.sweep --what methods` (JEL's own). A row learns one policy a seed, or sweeps settings once,
+and deploys what it found, several seeds side by side, in runs/<preset>/ablate/<name>/; the tables are
+runs/<preset>/evidence/{ablations,equal_budget,transfer}.json, which scripts.report reads.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> int:
     for done, name in enumerate(chosen):
         table = next(table for table, rows in TABLES.items() if name in rows)
         print0(f"row {done + 1} of {len(chosen)}: {name} ({TABLES[table][name].what}), {len(args.seeds)} seeds")
-        if finished := tuned(args, table, name, jobs):
+        if finished := swept(args, table, name, jobs):
             with ThreadPoolExecutor(jobs) as pool:
                 finished = all(pool.map(lambda seed, n=name, t=table: run_row(args, folder, t, n, seed), args.seeds))
         if not finished:
@@ -77,7 +77,7 @@ def main() -> int:
 # a row with one seed
 
 
-def tuned(args: argparse.Namespace, table: str, name: str, jobs: int) -> bool:
+def swept(args: argparse.Namespace, table: str, name: str, jobs: int) -> bool:
     """Run the sweep of a row that has its own; False if a signal stopped it."""
     row = TABLES[table][name]
     if row.sweep is None:
