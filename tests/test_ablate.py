@@ -8,9 +8,10 @@ import math
 import pytest
 
 from jel import export_schedule, load_schedule, save_policy
+from nanochat.common import UserError
 from nanochat.files import read_json
 from scripts import base_train
-from scripts.ablate.__main__ import held_mean, policy_path, record
+from scripts.ablate.__main__ import held_mean, main, policy_path, record
 from scripts.ablate.rows import CARRIED, TABLES, Row
 from scripts.meta_flags import check_flags, flags
 from scripts.meta_train import make_recipe
@@ -67,8 +68,19 @@ def test_the_held_mean_is_the_geometric_mean_over_progress(tmp_path):
 
 
 def test_where_a_row_finds_its_policy(tmp_path):
-    assert policy_path(tmp_path, Row("x"), 3) == tmp_path / "meta-s3" / "policy"
-    assert policy_path(tmp_path, Row("x", policy_of="other"), 3) == tmp_path / "ablate" / "other" / "meta-s3" / "policy"
+    args, other = argparse.Namespace(policies=None), tmp_path / "ablate" / "other" / "meta-s3" / "policy"
+    assert policy_path(args, tmp_path, Row("x"), 3) == tmp_path / "meta-s3" / "policy"
+    assert policy_path(args, tmp_path, Row("x", policy_of="other"), 3) == other
+    args.policies = str(tmp_path / "elsewhere")
+    assert policy_path(args, tmp_path, Row("x"), 3) == tmp_path / "elsewhere" / "meta-s3" / "policy"
+    assert policy_path(args, tmp_path, Row("x", policy_of="other"), 3) == other
+
+
+def test_policies_from_elsewhere_must_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["ablate", "--preset", "tiny", "carried"])
+    with pytest.raises(UserError, match="--policies$"):
+        main()
 
 
 def test_a_row_is_recorded_with_its_own_price_and_jels_difference(tmp_path, monkeypatch):
@@ -87,7 +99,7 @@ def test_a_row_is_recorded_with_its_own_price_and_jels_difference(tmp_path, monk
         folder / "evidence" / "ablations.json",
         [{"name": "a former row", "test_bpb": [2.0], "run_equivalents": 1.0, "verdict": "-"}],
     )
-    args = argparse.Namespace(preset="tiny", seeds=list(SEEDS))
+    args = argparse.Namespace(preset="tiny", seeds=list(SEEDS), policies=None)
     for table, name in (("ablations", "no-momentum"), ("equal_budget", "own-mean"), ("transfer", "depth-x2-tuned")):
         record(args, folder, table, name)
     record(args, folder, "transfer", "depth-x2-untouched")

@@ -3,6 +3,7 @@
     python -m scripts.ablate --preset tiny                    every row; finished ones are skipped
     python -m scripts.ablate --preset tiny paper cma          some rows, by name
     python -m scripts.ablate --list                           the rows
+    python -m scripts.ablate --data DIR --policies ~/.cache/nanochat/runs/tiny carried    policies of another text
 
 Needs the runs of `scripts.sweep --what methods` (JEL's own). A row learns one policy a seed, or sweeps settings once,
 and deploys what it found, several seeds side by side, in runs/<preset>/ablate/<name>/; the tables are
@@ -28,7 +29,7 @@ from nanochat.common import UserError, base_dir, print0, run_main
 from nanochat.files import read_json, write_json
 from nanochat.preemption import REQUEUE_EXIT_CODE
 from nanochat.run_log import Stopwatch, format_seconds
-from scripts.ablate.rows import TABLES, Row
+from scripts.ablate.rows import NEEDS_POLICIES, TABLES, Row
 from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.report.costs import exploratory_runs, in_runs, rows_cost, tuning_cost
 from scripts.report.evidence import read_evidence
@@ -46,6 +47,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
     parser.add_argument("--jobs", type=int, default=-1, help="seeds side by side, a thread each; -1 = one a core")
     parser.add_argument("--data", help="as in base_train; default: the preset's")
+    what = "folder of meta-s<seed>/policy, for rows that use JEL's own policies; default: runs/<preset>"
+    parser.add_argument("--policies", help=what)
     args = parse_with_preset(parser, "ablate")
     if args.list:
         for table, rows in TABLES.items():
@@ -53,7 +56,11 @@ def main() -> int:
         return 0
     if unknown := set(args.names) - set(every):
         raise UserError(f"there is no row {', '.join(sorted(unknown))}; see python -m scripts.ablate --list")
-    folder, chosen = base_dir() / "runs" / args.preset, args.names or every
+    folder, chosen = base_dir() / "runs" / args.preset, args.names or [name for name in every if name != NEEDS_POLICIES]
+    if NEEDS_POLICIES in chosen and not args.policies:
+        raise UserError(
+            f"row {NEEDS_POLICIES} uses policies that were learned elsewhere; give their folder: --policies"
+        )
     if torch.cuda.is_available():
         jobs = 1
     else:
@@ -93,7 +100,7 @@ def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed:
     common = ["--preset", args.preset, "--seed", str(seed), "--resume", "auto"]
     common += ["--data", args.data] if args.data else []
     best = best_flags_of(run_folder(tag) if row.sweep else folder, row)
-    policy = policy_path(folder, row, seed)
+    policy = policy_path(args, folder, row, seed)
     if row.learn is not None:
         meta = f"{tag}/meta-s{seed}"
         command = ["scripts.meta_train", *common, "--episode-workers", "1", *best, *row.learn, "--model-tag", meta]
@@ -108,9 +115,10 @@ def run_row(args: argparse.Namespace, folder: Path, table: str, name: str, seed:
     return run([*command, "--eval-every", "0", "--model-tag", deployed], run_folder(deployed))
 
 
-def policy_path(folder: Path, row: Row, seed: int) -> Path:
+def policy_path(args: argparse.Namespace, folder: Path, row: Row, seed: int) -> Path:
     """The policy of a row that does not learn: JEL's own of this seed, or that of the row it names."""
-    return (folder / "ablate" / row.policy_of if row.policy_of else folder) / f"meta-s{seed}" / "policy"
+    own = Path(args.policies).expanduser().resolve() if args.policies else folder
+    return (folder / "ablate" / row.policy_of if row.policy_of else own) / f"meta-s{seed}" / "policy"
 
 
 def best_flags_of(folder: Path, row: Row) -> list[str]:
@@ -159,7 +167,7 @@ def record(args: argparse.Namespace, folder: Path, table: str, name: str) -> Non
         results[seed] = read_json(tag / f"s{seed}" / "result.json", "result")
         if row.learn is not None:
             price.append(read_json(tag / f"meta-s{seed}" / "result.json", "result")["flops"])
-        elif row.best_of is None and (path := policy_path(folder, row, seed).parent / "result.json").exists():
+        elif row.best_of is None and (path := policy_path(args, folder, row, seed).parent / "result.json").exists():
             price.append(read_json(path, "result")["flops"])  # what its policy cost
     bpb = {seed: result["test_bpb"] for seed, result in results.items()}
     verdict, difference, interval = "-", None, None

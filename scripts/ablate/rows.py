@@ -114,7 +114,7 @@ CARRIED = {"constant": "best_constant", "tuned": "hand_tuned", "untouched": "sub
 
 
 def transfer_rows() -> dict[str, Row]:
-    rows = {}
+    rows = {NEEDS_POLICIES: Row("JEL, policies learned elsewhere", None)}
     for place, (what, deploy) in PLACES.items():
         rows[place] = Row(f"JEL, {what}", None, deploy, against=None)
         for name, method in CARRIED.items():
@@ -127,4 +127,5 @@ def transfer_rows() -> dict[str, Row]:
     return rows
 
 
+NEEDS_POLICIES = "carried"  # the row that needs --policies
 TABLES = {"ablations": ABLATIONS, "equal_budget": EQUAL_BUDGET, "transfer": transfer_rows()}
