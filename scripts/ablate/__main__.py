@@ -58,9 +58,7 @@ def main() -> int:
         raise UserError(f"there is no row {', '.join(sorted(unknown))}; see python -m scripts.ablate --list")
     folder, chosen = base_dir() / "runs" / args.preset, args.names or [name for name in every if name != NEEDS_POLICIES]
     if NEEDS_POLICIES in chosen and not args.policies:
-        raise UserError(
-            f"row {NEEDS_POLICIES} uses policies that were learned elsewhere; give their folder: --policies"
-        )
+        raise UserError(f"row {NEEDS_POLICIES} uses policies learned elsewhere; give their folder: --policies")
     if torch.cuda.is_available():
         jobs = 1
     else:
