@@ -110,6 +110,7 @@ PLACES = {
     "batch-x2": ("twice the batch", ("--total-batch-size", "4096")),
     "batch-x4": ("4x the batch", ("--total-batch-size", "8192")),
 }
+NEEDS_POLICIES = "carried"  # the row that needs --policies
 CARRIED = {"constant": "best_constant", "tuned": "hand_tuned", "untouched": "suboptimal"}
 
 
@@ -127,5 +128,4 @@ def transfer_rows() -> dict[str, Row]:
     return rows
 
 
-NEEDS_POLICIES = "carried"  # the row that needs --policies
 TABLES = {"ablations": ABLATIONS, "equal_budget": EQUAL_BUDGET, "transfer": transfer_rows()}

@@ -7,9 +7,9 @@ times GPUs on CUDA. Probe, validation and test passes count wherever they are ma
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from scripts.presets import PRESETS
 from scripts.report.evidence import Evidence
 from scripts.report.statistics import mean, ratio, total
 from scripts.sweep.settings import SWEEPS, run_price
@@ -19,7 +19,12 @@ from scripts.sweep.settings import SWEEPS, run_price
 # 160 and 30 for the paper's recipe, 255, 455 and 390 for the first three of our own, 560 for weight decay, and 170 for
 # episodes with half the batch.
 EXPLORATORY_RUNS = {"hand_tuned": 37, "jel": 2000}
-TINY_RUNS = {"tiny": 1.0, "small": 12.8}  # a run of these presets in runs of tiny, by tokens
+
+
+def tokens_of(preset: str) -> int:
+    """Of one training run."""
+    run = PRESETS[preset]["base_train"]
+    return run["num_iterations"] * run["total_batch_size"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def tuning_parts(evidence: Evidence, method: str) -> list[tuple[str, Price]]:
 
 def exploratory_runs(evidence: Evidence, method: str) -> int:
     """In runs of the preset; 0 at the paper's size, where nobody knows what its authors spent, and at smoke."""
-    return round(EXPLORATORY_RUNS.get(method, 0) / TINY_RUNS.get(evidence.preset, math.inf))
+    if evidence.preset not in ("tiny", "small"):
+        return 0
+    return round(EXPLORATORY_RUNS.get(method, 0) * tokens_of("tiny") / tokens_of(evidence.preset))
 
 
 def tuning_cost(evidence: Evidence, method: str) -> float | None:
