@@ -34,6 +34,8 @@ class Guard:
     One that has tripped holds the base's values to the end of the run. Raises `JelError` for numbers without sense.
     """
 
+    cut = 1.0  # what is left of the learning rates after a retreat
+
     def __init__(
         self,
         margin: float = 0.1,
@@ -86,6 +88,7 @@ class Guard:
         self._strikes = 0
         self._snapshots: list[tuple[int, Any]] = []  # (step, copy), the newest last; not part of the state
         self.tripped: str | None = None  # the line that was printed
+        self.retreated = 0  # times that it went back to better weights and on, see jel/validation_guard.py
 
     def check_length(self) -> None:
         """Raise `JelError` for a run too short to measure its base."""

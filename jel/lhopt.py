@@ -196,6 +196,16 @@ class LhoptController(Controller):
         self._last_move, self._decided = torch.tensor(state["last_move"]), int(state["decided"])
 
 
+class ProbedLhopt(LhoptController):
+    """For a loop that measures `probe_loss` where a controller asks for it, as base_train does: its validation loss."""
+
+    observes = frozenset({"progress", "probe_loss"})
+
+    def decide(self, observation: Mapping[str, float]) -> Multipliers:
+        self._watching().observe(val_loss=observation["probe_loss"])
+        return super().decide(observation)
+
+
 def _never_varied(policy: LstmPolicy, statistic: str) -> bool:
     norm = policy.trunk.norm
     cdfs = [i for i, name in enumerate(policy.features) if name.startswith(f"{statistic}_cdf_")]

@@ -354,13 +354,22 @@ class Scheduler(LRScheduler):
         return wanted
 
     def _guarded(self, look: Callable[[Guard], None]) -> None:
-        """Have the guard look; where it trips, momenta that are not finite go, or the weights would not stay so."""
+        """Have the guard look; where it goes back, momenta that are not finite go, or the weights would not stay so.
+
+        After a retreat the rates are cut until the next decision; a controller that asks what was `applied` goes on
+        from there.
+        """
         if self.guard is None:
             return
-        before = self.guard.tripped
+        before = self.guard.tripped, self.guard.retreated
         look(self.guard)
-        if self.guard.tripped is not before:
-            forget_broken(self.optimizer)
+        if (self.guard.tripped, self.guard.retreated) == before:
+            return
+        forget_broken(self.optimizer)
+        if self.guard.retreated > before[1]:
+            cut = [{name: x * self.guard.cut if name == "lr" else x for name, x in own.items()} for own in self._wanted]
+            self._wanted = bounded(cut, None, self._names, self._source.knobs, self._bounds)
+            self._decided.append((self._steps_taken if self.count == "optimizer" else self.last_epoch, self._wanted))
 
     def _held(self) -> Held:
         if self.guard and self.guard.holds_base(self.last_epoch):

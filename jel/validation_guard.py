@@ -1,4 +1,4 @@
-"""The best weights on validation are kept, and a run ends with their mean; one that blows up goes back to them.
+"""The best weights on validation are kept: a run that blows up goes back to them, and a run ends with their mean.
 
 ```python
 guard = jel.ValidationGuard.of(model)     # or ValidationGuard(save=..., load=...)
@@ -21,7 +21,11 @@ from torch import Tensor, nn
 from jel.errors import JelError
 from jel.guard import Guard
 
-KEEP = 5  # copies of the best weights; chosen on the kinds that lhopt was trained on, see docs/lhopt.md
+# chosen on the kinds that lhopt was trained on, see docs/lhopt.md
+KEEP = 5  # copies of the best weights
+WORSE = 0.1  # as far above its first validation loss as a run may lie, as a share of it
+RETREATS = 6  # returns to the best weights for that, each at
+CUT = 0.25  # times the learning rates
 
 
 def mean_of(copies: Sequence[Any]) -> Any:
@@ -41,14 +45,18 @@ class ValidationGuard(Guard):
 
     save, load: `save()` returns a copy of what is to be kept (weights; and the optimizer's state, if a return is to
         find it as it was), `load(copy)` puts it back.
-    - `margin`: how far a validation loss may lie above the best so far, as a share of the best. By default any way, as
-        long as it is finite: what was good is kept, and a policy that may try more ends better (docs/lhopt.md).
-    - `patience`: how many validation losses in a row must lie above it.
-    - `every`: optimizer steps between looks at the training loss, which must be finite.
     - `keep`: how many copies are kept, those of the best validation losses. With 1 there is nothing to take a mean of.
+    - `worse`, `retreats`, `cut`: a run whose validation loss lies further above the first that it told than `worse`, as
+        a share of that, or whose loss is not finite, goes back to its best weights and on, at `cut` times its learning
+        rates; so often at most.
+    - `every`: optimizer steps between looks at the training loss, which must be finite.
+    - `margin`: how far a validation loss may lie above the best so far, as a share of the best. By default any way:
+        what was good is kept, and a policy that may try more ends better (docs/lhopt.md).
+    - `patience`: how many validation losses in a row must lie above it.
 
-    It trips once: the best copy is loaded and the base's values hold to the end; good weights are still copied. Copies
-    are not part of its state: after resuming, the next validation loss is the best again.
+    It trips once, at the margin or where a loss is not finite and no retreat is left: the best copy is loaded and the
+    base's values hold to the end; good weights are still copied. Copies are not part of its state: after resuming, the
+    next validation loss is the best again.
     """
 
     def __init__(
@@ -59,16 +67,23 @@ class ValidationGuard(Guard):
         patience: int = 2,
         every: int = 10,
         keep: int = KEEP,
+        worse: float = WORSE,
+        retreats: int = RETREATS,
+        cut: float = CUT,
     ):
         super().__init__(margin=margin, patience=patience, every=every)
         if type(keep) is not int or keep < 1:
             raise JelError(f"a guard keeps at least 1 copy of the best weights, not {keep!r}")
-        self.keep = keep
+        if type(retreats) is not int or retreats < 0:
+            raise JelError(f"a guard's retreats are a number of times, 0 or more, not {retreats!r}")
+        if not (isinstance(worse, (int, float)) and worse >= 0 and isinstance(cut, (int, float)) and 0 < cut <= 1):
+            raise JelError("a guard needs worse of 0 or more, and cut within (0, 1]")
+        self.keep, self.worse, self.retreats, self.cut = keep, worse, retreats, cut
         self.snapshot(save, load)
 
     @classmethod
     def of(cls, model: nn.Module, **limits: Any) -> ValidationGuard:
-        """Keeps a model's parameters and buffers; `limits`: margin, patience, every, keep."""
+        """Keeps a model's parameters and buffers; `limits`: the numbers that `ValidationGuard` takes."""
         if not isinstance(model, nn.Module):
             raise JelError(f"ValidationGuard.of takes a torch.nn.Module, not {type(model).__name__}")
         return cls(lambda: copy.deepcopy(model.state_dict()), model.load_state_dict, **limits)
@@ -78,7 +93,7 @@ class ValidationGuard(Guard):
         self._until = 0
         self._last: float | Tensor = 0.0
         self._kept: list[tuple[float, int, Any]] = []  # (validation loss, step, copy), the best first
-        self.best, self.best_step = math.inf, -1
+        self.first, self.best, self.best_step = math.nan, math.inf, -1
 
     def check_length(self) -> None:
         """Every length will do."""
@@ -99,14 +114,18 @@ class ValidationGuard(Guard):
             self.best, self.best_step, _ = kept[0]
         if self.tripped is not None:
             return
+        if math.isnan(self.first):
+            self.first = value
         far = value > self.best + self.margin * abs(self.best)  # infinity times 0 is no number: nothing lies above it
         self._strikes = self._strikes + 1 if far else 0
-        if self._kept and (self._strikes >= self.patience or not math.isfinite(value)):
+        if self._kept and self._strikes >= self.patience:
             self._back(step, f"validation loss {value:.4g}, the best was {self.best:.4g}")
+        elif self._kept and not value <= self.first + self.worse * abs(self.first):
+            self._retreat(step, f"validation loss {value:.4g}, the first was {self.first:.4g}", math.isfinite(value))
 
     def judge(self, step: int, before: int | None = None) -> None:
         if self.tripped is None and self.due(step, before) and not math.isfinite(float(self._last)):
-            self._back(step, f"training loss {float(self._last):.4g}")
+            self._retreat(step, f"training loss {float(self._last):.4g}", finite=False)
 
     def load_best(self, validate: Callable[[], float] | None = None) -> int | None:
         """Put the best weights back, at the end of a run; the step of the best copy, or None if there is none.
@@ -124,6 +143,16 @@ class ValidationGuard(Guard):
         self._load(self._kept[0][2])
         return self.best_step
 
+    def _retreat(self, step: int, why: str, finite: bool) -> None:
+        """To the best weights and on, where there is one left; what is not finite trips the guard otherwise."""
+        if self._kept and self.retreated < self.retreats:
+            self.retreated, self._last = self.retreated + 1, 0.0
+            self._load(self._kept[0][2])  # type: ignore[misc]
+            how = f"back to the weights of step {self.best_step}, rates x {self.cut:g}"
+            print(f"jel guard: step {step}: {why}: {how}", flush=True)
+        elif not finite:
+            self._back(step, why)
+
     def _back(self, step: int, why: str) -> None:
         line = f"jel guard: step {step}: {why}: back to the base"
         if self._kept and (found := self.load_best()) is not None:
@@ -132,9 +161,12 @@ class ValidationGuard(Guard):
         print(line, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "best": self.best if self.best_step >= 0 else None, "best_step": self.best_step}
+        known = lambda x: x if math.isfinite(x) else None
+        best = {"first": known(self.first), "best": known(self.best), "best_step": self.best_step}
+        return {**super().state_dict(), **best, "retreated": self.retreated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self.first = math.nan if state["first"] is None else float(state["first"])
         self.best = math.inf if state["best"] is None else float(state["best"])
-        self.best_step, self._kept = int(state["best_step"]), []
+        self.best_step, self.retreated, self._kept = int(state["best_step"]), int(state["retreated"]), []

@@ -7,8 +7,8 @@ import torch
 
 from jel.errors import JelError
 from jel.learn.control import Best, Registers, Trajectories, boundaries, run
-from jel.learn.control_meta import Episode
-from jel.learn.ppo import gae, group_baseline
+from jel.learn.control_meta import Episode, Job, run_group
+from jel.learn.ppo import PPOConfig, gae, group_mean
 from jel.learn.speedup import fit_power_law, last_points, log_speedup
 from jel.recipes.lhopt import LhoptRecipe
 from jel.tasks.small.bank import SETTINGS, BankTask
@@ -38,9 +38,25 @@ def test_gae_is_its_sum():
     torch.testing.assert_close(gae(rewards, values, 1.0, 1.0), total - values)  # lambda 1: return minus value
 
 
-def test_a_group_baseline_is_the_mean_of_its_group():
-    baseline = group_baseline(torch.tensor([1.0, 3.0, 10.0]), [7, 7, 2])
-    assert baseline.tolist() == [2.0, 2.0, 10.0]
+def test_a_group_mean_is_that_of_the_episodes_of_the_group():
+    assert group_mean(torch.tensor([1.0, 3.0, 10.0]), [7, 7, 2]).tolist() == [2.0, 2.0, 10.0]
+    rows = torch.tensor([[1.0, 3.0, 10.0], [0.0, -2.0, 5.0]])
+    assert group_mean(rows, [7, 7, 2]).tolist() == [[2.0, 2.0, 10.0], [-1.0, -1.0, 5.0]]
+
+
+def test_a_group_has_one_task_and_one_seed():
+    """What all of a group's episodes gain or lose together teaches nothing."""
+    _, seeds, starts, _, _ = Job(0, 3, 1).draw(some_tasks(), Episode(episodes=6))
+    assert len(seeds) == 6 and len(set(seeds)) == 1 and len(starts.unique(dim=0)) > 3
+    assert Job(0, 3, 0).draw(some_tasks(), Episode())[1][0] != seeds[0]
+    ends = []
+    for gift in (0.0, 2.0):
+        trainer = recipe(ppo=PPOConfig(value_coef=0.0, max_grad_norm=1e9)).trainer(some_tasks(), 0)
+        group = run_group(Job(0, 0, 0), trainer.ppo.policy, None, some_tasks(), trainer.episode)
+        trainer.ppo.update(group.trajectories, group.returns + gift, [0] * 4)
+        ends.append(trainer.ppo.policy.state_dict())
+    for a, b in zip(*(end.values() for end in ends)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_a_power_law_is_found_again_and_its_speedup():
@@ -129,7 +145,7 @@ def test_a_run_ends_with_the_mean_of_its_best_weights_where_that_is_no_worse():
 def test_keeping_the_best_changes_how_a_run_ends_and_nothing_else():
     task, policy = some_tasks()[1], recipe().policy(0)
     starts = torch.tensor(DEFAULTS).repeat(6, 1) * torch.tensor([1.0, 10.0, 100.0, 300.0, 1000.0, 1e6])[:, None]
-    plain, kept = (run(policy, task, range(6), starts, 4, keep=keep) for keep in (0, 5))
+    plain, kept = (run(policy, task, range(6), starts, 4, keep=keep, retreats=0) for keep in (0, 5))
     torch.testing.assert_close(plain.val, kept.val, equal_nan=True)
     torch.testing.assert_close(plain.features, kept.features, equal_nan=True)
     changed = plain.final != kept.final

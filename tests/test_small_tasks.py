@@ -33,7 +33,7 @@ def values(e, **changes):
 def test_a_task_of_each_kind_learns_and_its_episodes_are_their_own(kind):
     task = build(draw(kind, 2))
     together, alone = Episodes(task, [5, 6, 7]), Episodes(task, [6])
-    rate = 0.01 / max(task.scale, 1)
+    rate = 0.01 / float(torch.as_tensor(task.scale).max().clamp_min(1))
     for run in (together, alone):
         run.train(12, values(len(run.flat), lr=rate))
     torch.testing.assert_close(together.flat[1], alone.flat[0], atol=2e-4, rtol=2e-3)

@@ -17,7 +17,9 @@ from jel.policy_lstm import LstmPolicy
 from jel.tasks.small.bank import BankTask
 from jel.tasks.small.episodes import DEFAULTS, HYPERPARAMETERS, Episodes
 from jel.unitless import observe
+from jel.validation_guard import CUT, RETREATS, WORSE
 
+LR = HYPERPARAMETERS.index("lr")
 PRIVILEGED = 12  # numbers of `privileged`, before the one-hot of the task
 
 
@@ -66,6 +68,7 @@ def run(
     averaged: LstmPolicy | None = None,
     hide_val: bool = False,
     keep: int = 0,
+    retreats: int = RETREATS,
     task_index: int = 0,
     n_tasks: int = 1,
 ) -> Trajectories:
@@ -74,7 +77,8 @@ def run(
     `averaged` acts, without drawing, in those episodes where `deterministic` (E,) is True. Knobs are found by their
     hyperparameter's name; hyperparameters that no knob turns stay at their start. `hide_val`: the controller is not
     shown the validation loss. `keep`: a run ends with the mean of the weights that had so many of the best validation
-    losses at the decisions and at the end, as under `jel.ValidationGuard`; 0: with its last weights.
+    losses at the decisions and at the end, and goes back to its best weights at most `retreats` times, as under
+    `jel.ValidationGuard`; 0: no guard, it ends with its last weights.
     """
     e, small = len(seeds), task.task
     episodes = Episodes(small, seeds)
@@ -88,13 +92,14 @@ def run(
         name: [] for name in ("features", "choices", "log_probs", "privileged", "values")
     }
     curve: list[Tensor] = []
-    best = Best(e, keep)
+    best = Best(e, keep, retreats)
     registers = Registers(policy.restart.registers, e)
     for k, (first, after) in enumerate(zip(edges, edges[1:])):
         val = episodes.evaluate("val")
         curve.append(val)
         if keep:
             best.see(episodes.flat, val)
+            values[:, LR] *= best.retreat(episodes, val)
         features, memory = observe(
             memory,
             progress=torch.tensor(first / small.steps),
@@ -169,18 +174,30 @@ def random_starts(seeds: int, generator: torch.Generator, noise: Sequence[tuple[
 
 
 class Best:
-    """The `keep` weights (keep, E, P) of each episode that validated best so far."""
+    """The `keep` weights (keep, E, P) of each episode that validated best so far; `jel.ValidationGuard`, batched."""
 
-    def __init__(self, e: int, keep: int):
+    def __init__(self, e: int, keep: int, retreats: int = RETREATS):
         self.val, self.flat = torch.full((keep, e), math.inf), torch.empty(0)
+        self.first, self.left = torch.empty(0), torch.full((e,), retreats)
 
     def see(self, flat: Tensor, val: Tensor) -> None:
         """Weights (E, P) and their validation losses (E,): they take the place of the worst held, where better."""
         if not len(self.flat):
-            self.flat = flat.new_zeros(len(self.val), *flat.shape)
+            self.flat, self.first = flat.new_zeros(len(self.val), *flat.shape), val
         worst, at = self.val.max(0)
         e = (val < worst).nonzero()[:, 0]
         self.val[at[e], e], self.flat[at[e], e] = val[e], flat[e]
+
+    def _best(self) -> Tensor:
+        return self.flat[self.val.argmin(0), torch.arange(len(self.left))]
+
+    def retreat(self, episodes: Episodes, val: Tensor) -> Tensor:
+        """Put episodes that validate worse than at first back to their best weights; the factor of each rate (E,)."""
+        back = ~(val <= self.first + WORSE * self.first.abs()) & (self.left > 0) & self.val.isfinite().any(0)
+        if back.any():
+            self.left = self.left - back.long()
+            episodes.put_back(self._best(), back)
+        return torch.where(back, CUT, 1.0)
 
     def load(self, episodes: Episodes) -> None:
         """End the episodes with the mean of the weights held, or the best if it validates worse than the second best.
@@ -190,7 +207,7 @@ class Best:
         """
         held = self.val.isfinite()
         last, any_held = episodes.flat, held.any(0)[:, None]
-        best = self.flat[self.val.argmin(0), torch.arange(len(last))]
+        best = self._best()
         episodes.flat = torch.einsum("ke,kep->ep", held / held.sum(0).clamp_min(1), self.flat)
         second = torch.minimum(held.sum(0) - 1, torch.tensor(1)).clamp_min(0)  # of one alone, itself
         as_good = episodes.evaluate("val") <= self.val.sort(0).values.gather(0, second[None])[0]

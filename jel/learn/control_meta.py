@@ -23,6 +23,7 @@ from jel.learn.speedup import fit_power_law, last_points, log_speedup
 from jel.policy_lstm import LstmPolicy
 from jel.tasks.small.bank import BankTask
 from jel.tasks.small.episodes import DEFAULTS
+from jel.validation_guard import RETREATS
 
 REWARDS = ("score", "speedup", "both")
 
@@ -38,6 +39,7 @@ class Episode:
     default_starts: float = 0.25  # the share of episodes that start from the default hyperparameters
     hidden_val: float = 0.2  # the share of groups whose policy is not shown the validation loss
     keep: int = 1  # where it is shown, a run ends with the mean of so many of its best weights: safety is not learned
+    retreats: int = RETREATS  # and goes back to the best of them so often
     reward: str = "score"
     baseline_episodes: int = 4  # of the averaged actor, for a reward by its curve
 
@@ -57,7 +59,7 @@ class Job:
         kind = rng.choice(sorted({t.spec["kind"] for t in tasks}))
         index = rng.choice([i for i, t in enumerate(tasks) if t.spec["kind"] == kind])
         n = e.episodes + (e.baseline_episodes if e.reward != "score" else 0)
-        seeds = [rng.randrange(10_000, 2**31) for _ in range(n)]
+        seeds = [rng.randrange(10_000, 2**31)] * n  # one, so that returns differ by starts and choices alone
         generator = torch.Generator().manual_seed(rng.randrange(2**62))
         starts = random_starts(n, generator, e.noise)
         default = torch.rand(n, generator=generator) < e.default_starts
@@ -82,7 +84,7 @@ def run_group(
     begun = time.process_time()
     index, seeds, starts, hide, generator = job.draw(tasks, e)
     common = {"generator": generator, "hide_val": hide, "task_index": index, "n_tasks": len(tasks)}
-    common["keep"] = 0 if hide else e.keep
+    common |= {"keep": 0 if hide else e.keep, "retreats": e.retreats}
     if e.reward == "score":
         t = run(policy, tasks[index], seeds, starts, e.decisions, **common)  # type: ignore[arg-type]
         return Group(t, t.score, index, time.process_time() - begun)
@@ -139,8 +141,8 @@ class ControlTrainer:
         collected, begun = time.perf_counter(), time.process_time()
         joined = Trajectories.join([g.trajectories for g in groups])
         returns = torch.cat([g.returns for g in groups])
-        task_of = [g.task for g in groups for _ in g.returns]
-        stats = self.ppo.update(joined, returns, task_of, self.lr_factor(n / self.updates))
+        group_of = [number for number, g in enumerate(groups) for _ in g.returns]
+        stats = self.ppo.update(joined, returns, group_of, self.lr_factor(n / self.updates))
         learning = (time.process_time() - begun) * self.world_size  # every rank makes the same update
         kinds = {self.tasks[g.task].spec["kind"]: round(g.trajectories.score.mean().item(), 3) for g in groups}
         return {

@@ -80,9 +80,10 @@ class PPO:
         return torch.cat([t.features, t.privileged], -1) if self.config.privileged else t.features
 
     def update(self, t: Trajectories, returns: Tensor, groups: Sequence[int], lr_factor: float = 1.0) -> dict:
-        """Learn from episodes whose return `returns` (E,) came at their end; `groups` (E,): the task of each.
+        """Learn from episodes whose return `returns` (E,) came at their end; `groups` (E,): the number of each one's.
 
-        Raises `JelError` if a return is not finite.
+        A group has one task and one seed; advantages are centred within it, so that neither counts. Raises `JelError`
+        if a return is not finite.
         """
         if not bool(returns.isfinite().all()):
             raise JelError("a return is not finite: rewards must be clipped")
@@ -94,9 +95,10 @@ class PPO:
         rewards = torch.zeros_like(t.log_probs)
         rewards[-1] = returns
         with torch.no_grad():
-            values = self.value(self._seen(t)) if c.critic else group_baseline(returns, groups).expand_as(rewards)
+            values = self.value(self._seen(t)) if c.critic else group_mean(returns, groups).expand_as(rewards)
             advantages = gae(rewards, values, c.gamma, c.lam if c.critic else 1.0)
             targets = advantages + values
+            advantages = advantages - group_mean(advantages, groups)
             scaled = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
             # under the normaliser of now, so that the ratio starts at 1
             old, _ = self.policy.evaluate(t.features, t.choices)
@@ -157,8 +159,8 @@ class PPO:
         self.updates = int(state["updates"])
 
 
-def group_baseline(returns: Tensor, groups: Sequence[int]) -> Tensor:
-    """The mean return of each episode's group (E,)."""
+def group_mean(x: Tensor, groups: Sequence[int]) -> Tensor:
+    """The mean over each episode's group: (..., E) -> (..., E)."""
     _, index = torch.unique(torch.tensor(groups), return_inverse=True)
-    sums = torch.zeros(int(index.max()) + 1).index_add(0, index, returns)
-    return (sums / torch.bincount(index))[index]
+    sums = x.new_zeros(*x.shape[:-1], int(index.max()) + 1).index_add(-1, index, x)
+    return (sums / torch.bincount(index))[..., index]

@@ -39,7 +39,7 @@ class LhoptRecipe:
     hidden: int = 64
     registers: int = 0
     recurrent: bool = True
-    updates: int = 300
+    updates: int = 700
     lr_schedule: str = "linear"  # of PPO's rate, or "constant"
     episode: Episode = field(default_factory=Episode)
     ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -22,7 +22,7 @@ from jel.errors import JelError
 from jel.policy_lstm import load_lhopt_policy, save_lhopt_policy
 from jel.tasks.small.bank import BankTask, load_bank, worth_learning
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
-from jel.validation_guard import KEEP
+from jel.validation_guard import KEEP, RETREATS
 from nanochat.checkpoint import load_checkpoint
 from nanochat.common import UserError, base_dir, print0, run_main
 from scripts.ablate.__main__ import run
@@ -38,12 +38,14 @@ class Row:
     """What is changed: flags of `scripts.lhopt.train`.
 
     `keep`: of how many of its best weights on validation a run that scores it ends with the mean; 0: no guard.
+    `retreats`: how often such a run may go back to its best weights.
     `last`: whether its last actor is scored, not the averaged one. A row without flags scores the recipe's policies.
     """
 
     what: str
     flags: tuple[str, ...] = ()
     keep: int = KEEP
+    retreats: int = RETREATS
     last: bool = False
 
 
@@ -68,6 +70,7 @@ ROWS = {
     "registers": Row("three checkpoint registers, no guard", ("--registers", "3", "--keep", "0"), keep=0),
     # ours
     "no-guard": Row("trained and scored without the guard", ("--keep", "0"), keep=0),
+    "no-retreat": Row("trained and scored with a guard that does not go back", ("--retreats", "0"), retreats=0),
     "best-weights": Row("scored with a run's best weights, not the mean of five", keep=1),
     "keep-5": Row("trained on runs that end with the mean of five, too", ("--keep", "5")),
 }
@@ -105,11 +108,11 @@ def last_actor(averaged: Path) -> Path:
     return path
 
 
-def scores(results: Results, path: Path, keep: int, tasks: list[BankTask]) -> Tensor:
+def scores(results: Results, path: Path, row: Row, tasks: list[BankTask]) -> Tensor:
     """Scores (2 N, R) from both kinds of start."""
     rows = []
     for starts in STARTS:
-        key, compute = controlled(path, "mean", starts, keep)
+        key, compute = controlled(path, "mean", starts, row.keep, retreats=row.retreats)
         rows += [t.paired_score(results.row(key, t, lambda t=t, c=compute: c(t))) for t in tasks]
     return torch.stack(rows)
 
@@ -137,8 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names:
         paths = [train(name, args.updates, seed) for seed in args.seeds]
         found = [
-            torch.stack([scores(results, path, ROWS[name].keep, tasks) for path in paths])
-            for tasks in (fresh, held_out)
+            torch.stack([scores(results, path, ROWS[name], tasks) for path in paths]) for tasks in (fresh, held_out)
         ]
         cells = [text for x, against in zip(found, full) for text in cell(x, against)]
         if name == "full":

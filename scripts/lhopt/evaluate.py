@@ -28,7 +28,7 @@ from jel.policy_lstm import default_lhopt_path, load_lhopt_policy, policy_files
 from jel.tasks.small.bank import DEFAULT, SEEDS, SETTINGS, BankTask, fixed_scores, load_bank, worth_learning
 from jel.tasks.small.episodes import DEFAULTS
 from jel.tasks.small.kinds import HELD_OUT, TRAINING
-from jel.validation_guard import KEEP
+from jel.validation_guard import KEEP, RETREATS
 from nanochat.common import UserError, base_dir, print0, run_main
 from scripts.lhopt.rivals import GRID_PRICE, RIVALS, fixed, starts_of
 from scripts.lhopt.tables import print_tables
@@ -77,12 +77,12 @@ def policy_path(name: str) -> Path:
 
 
 def controlled(
-    path: Path, mode: str, starts: str, keep: int = KEEP, hide_val: bool = False
+    path: Path, mode: str, starts: str, keep: int = KEEP, hide_val: bool = False, retreats: int = RETREATS
 ) -> tuple[str, Callable[[BankTask], Tensor]]:
     """Name (which holds the policy's hash) and function of a policy under control: task -> test losses (R,).
 
-    `keep`: a run ends with the mean of so many of its best weights on validation. `hide_val`: the policy is not shown
-    the validation loss.
+    `keep`: a run ends with the mean of so many of its best weights on validation, and goes back to them at most
+    `retreats` times. `hide_val`: the policy is not shown the validation loss.
     """
     policy, card = load_lhopt_policy(path)
     decisions = int(card["decisions"])
@@ -91,10 +91,10 @@ def controlled(
         e = len(SEEDS)
         at = torch.tensor(DEFAULTS).repeat(e, 1) if starts == "default" else starts_of(task, SEEDS)
         generator = torch.Generator().manual_seed(5) if mode == "sample" else None
-        how = {"generator": generator, "greedy": mode == "greedy", "keep": keep, "hide_val": hide_val}
-        return run(policy, task, SEEDS, at, decisions, **how).final  # type: ignore[arg-type]
+        how = {"generator": generator, "greedy": mode == "greedy", "hide_val": hide_val}
+        return run(policy, task, SEEDS, at, decisions, keep=keep, retreats=retreats, **how).final  # type: ignore[arg-type]
 
-    ends = (f", mean of {keep}" if keep else "") + (", no validation" if hide_val else "")
+    ends = (f", mean of {keep}, {retreats} retreats" if keep else "") + (", no validation" if hide_val else "")
     return f"LHOPT {card['sha256'][:12]} {mode} {starts}{ends}", compute
 
 
@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         setting = best_fixed_setting()
         label = f"AdamW {setting[0]:g} {setting[1]}, decay {setting[2]:g}: best on the training tasks"
         lines.append(rows_of(results, tasks, label, f"fixed {setting}", lambda t: fixed(setting)(t, SEEDS), 1))
-        key, compute = f"fixed {setting}, mean of {KEEP}", lambda t: fixed(setting, guard=True)(t, SEEDS)
+        key = f"fixed {setting}, mean of {KEEP}, {RETREATS} retreats"
+        compute = lambda t: fixed(setting, guard=True)(t, SEEDS)
         lines.append(rows_of(results, tasks, "the same, with the guard", key, compute, 1))
         for name, (function, price) in RIVALS.items():
             lines.append(rows_of(results, tasks, name, name, lambda t, f=function: f(t, SEEDS), price))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jel.errors import JelError
-from jel.learn.control import Best, boundaries, random_starts
+from jel.learn.control import LR, Best, boundaries, random_starts
 from jel.lhopt import DECISIONS
 from jel.tasks.small.bank import RATES, SCHEDULES, SETTINGS, BankTask, run_schedule
 from jel.tasks.small.episodes import DEFAULTS, Episodes, SmallTask
@@ -39,7 +39,8 @@ def no_control_random(task: BankTask, seeds: Sequence[int]) -> Tensor:
 def fixed(setting: tuple, guard: bool = False) -> Callable[[BankTask, Sequence[int]], Tensor]:
     """One AdamW setting (rate, schedule, decay), the same on every task.
 
-    `guard`: a run ends with the mean of its best weights on validation, read as often as a policy reads it.
+    `guard`: a run ends with the mean of its best weights on validation, read as often as a policy reads it, and goes
+    back to the best of them, at lower rates from then on, where it validates worse than at first.
     """
     rate, name, decay = setting
 
@@ -50,13 +51,15 @@ def fixed(setting: tuple, guard: bool = False) -> Callable[[BankTask, Sequence[i
             decays = torch.full((len(seeds),), decay)
             return run_schedule(task.task, seeds, shape[:, None].expand(-1, len(seeds)), decays)
         episodes, best = Episodes(task.task, seeds, measure=False), Best(len(seeds), KEEP)
-        looks = boundaries(steps, DECISIONS)
+        looks, factor = boundaries(steps, DECISIONS), torch.ones(len(seeds))
         for step in range(steps + 1):
             if step in looks:
-                best.see(episodes.flat, episodes.evaluate("val"))
+                best.see(episodes.flat, val := episodes.evaluate("val"))
+                factor = factor * best.retreat(episodes, val)
             if step < steps:
-                values = torch.tensor([float(shape[step]), decay, *DEFAULTS[2:]])
-                episodes.train(1, values.expand(len(seeds), -1))
+                values = torch.tensor([float(shape[step]), decay, *DEFAULTS[2:]]).repeat(len(seeds), 1)
+                values[:, LR] *= factor
+                episodes.train(1, values)
         best.load(episodes)
         return episodes.evaluate("test")
 

@@ -2,7 +2,7 @@
 
     python -m scripts.lhopt.ship --policies lhopt/tiny-s42 lhopt/tiny-s43 --out jel/policies/lhopt
 
-The choice is by mean score on fresh tasks of the kinds trained on (seeds 100 and 101 of each), from both kinds of
+The choice is by mean score on fresh tasks of the kinds trained on (seeds 100 to 103 of each), from both kinds of
 start; the held-out kinds choose nothing. The card gets the chosen policy's results on the held-out kinds, and where it
 fails.
 """
@@ -26,7 +26,7 @@ from scripts.lhopt.evaluate import HELD_OUT_SEEDS, STARTS, Results, controlled, 
 from scripts.lhopt.tables import bootstrap_interval
 from scripts.lhopt.train import bank_folder
 
-CHOICE_SEEDS = (100, 101)  # of each kind trained on; no training run has seen these tasks
+CHOICE_SEEDS = (100, 101, 102, 103)  # of each kind trained on; no training run has seen these tasks
 FAILURE = -0.2  # a mean score below this is one
 
 

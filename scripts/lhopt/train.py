@@ -1,6 +1,6 @@
 """Meta-train LHOPT: groups of episodes on the small tasks of the bank, PPO after each batch of groups.
 
-    python -m scripts.meta_train --recipe lhopt                      38,400 episodes, about 10 minutes of one idle core
+    python -m scripts.meta_train --recipe lhopt                      89,600 episodes, about 17 minutes of one idle core
     torchrun --standalone --nproc_per_node 4 -m scripts.meta_train --recipe lhopt    the same policy from 4 processes
     python -m scripts.lhopt.train --preset smoke                     a minute, for tests
     python -m scripts.lhopt.train --no-cdf --model-tag lhopt/no-cdf  an ablation; see --help for the others
@@ -57,7 +57,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--recipe", choices=["lhopt"], default="lhopt", help="taken from scripts.meta_train")
     flag("--preset", choices=list(PRESETS), default="tiny")
     flag("--seed", type=int, default=42)
-    flag("--updates", type=int, default=300)
+    flag("--updates", type=int, default=700)
     flag("--model-tag", default="", help="folder under runs/; default lhopt/<preset>-s<seed>")
     flag("--resume", choices=["auto", "none"], default="auto")
     flag("--save-every", type=int, default=20, help="updates")
@@ -89,6 +89,7 @@ def flags() -> argparse.ArgumentParser:
         default=Episode.keep,
         help="a run ends with the mean of so many of its best weights on validation; 0, an ablation: with its last",
     )
+    flag("--retreats", type=int, default=Episode.retreats, help="times that a run may go back to its best weights")
     flag("--fixed-starts", action="store_true", help="ablation: every episode starts from the defaults")
     return parser
 
@@ -108,7 +109,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.model_tag = args.model_tag or f"lhopt/{args.preset}-s{args.seed}"
     most = (1, LARGEST)
     whole = ["updates", "save_every", "workers", "tasks_per_kind", "hidden", "groups", "episodes", "decisions"]
-    check_numbers(args, {most: whole, (0, 8): ["registers"], (0, LARGEST): ["keep", "policy_lr", "entropy_coef"]})
+    from_zero = ["keep", "retreats", "policy_lr", "entropy_coef"]
+    check_numbers(args, {most: whole, (0, 8): ["registers"], (0, LARGEST): from_zero})
     return args
 
 
@@ -119,6 +121,7 @@ def make_recipe(args: argparse.Namespace) -> LhoptRecipe:
         episodes=args.episodes,
         reward=args.reward,
         keep=args.keep,
+        retreats=args.retreats,
         default_starts=1.0 if args.fixed_starts else Episode.default_starts,
     )
     ppo = PPOConfig(

@@ -38,7 +38,8 @@ class SmallTask:
     train: Split
     val: Split  # what a controller sees
     test: Split  # what it is judged by
-    scale: float = 1.0  # the model's weights are this times the parameters: its best rates are smaller by as much
+    # the model's weights are this times the parameters, all or each (P,): its best rates are smaller by as much
+    scale: float | Tensor = 1.0
     pretrained: Tensor | None = None  # weights (P,) to start from, but for a little noise
 
     @property
@@ -47,7 +48,7 @@ class SmallTask:
 
     def losses(self, flat: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Parameters (E, P), inputs (E or 1, B, ...) -> losses (E,)."""
-        weights = flat * self.scale if self.scale != 1 else flat
+        weights = flat if isinstance(self.scale, float) and self.scale == 1 else flat * self.scale
         return LOSSES[self.loss](self.model.forward(self.model.tensors(weights), inputs), targets)
 
 
@@ -74,7 +75,7 @@ class Episodes:
                 start = task.pretrained + PRETRAINED_NOISE * start
             starts.append(start / task.scale)
             rows.append(torch.randint(n, (task.steps, task.batch), generator=generator))
-        self.flat = torch.stack(starts)  # (E, P)
+        self.flat = self._before = torch.stack(starts)  # (E, P)
         self.rows = torch.stack(rows, dim=1)  # (T, E, B)
         self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         e = len(self.flat)
@@ -89,7 +90,7 @@ class Episodes:
     def train(self, steps: int, values: Tensor) -> None:
         """A window of steps under `values` (E, 4) of `HYPERPARAMETERS`."""
         lr, wd, ombeta1, ombeta2 = values.T[:, :, None].unbind(0)  # (E, 1) each
-        before = self.flat.clone() if self.measure else self.flat
+        self._before = self.flat.clone() if self.measure else self.flat
         total, measurements = torch.zeros(len(self.flat)), []
         for i in range(steps):
             at = self.rows[self.step]  # (E, B)
@@ -113,7 +114,7 @@ class Episodes:
             sums = torch.stack(measurements, dim=1)  # (8, M, E)
             self.inner = inner_statistics(as_sums(sums, self.task.n_params)).mean(0)
             self.path = sums[3].clamp_min(0).sqrt().mean(0) * steps
-            self.outer_update = (self.flat - before).norm(dim=1)
+            self.outer_update = (self.flat - self._before).norm(dim=1)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> Tensor:
@@ -124,6 +125,18 @@ class Episodes:
     @torch.no_grad()
     def param_norm(self) -> Tensor:
         return self.flat.norm(dim=1)
+
+    @torch.no_grad()
+    def put_back(self, flat: Tensor, episodes: Tensor) -> None:
+        """Give those episodes for which `episodes` (E,) is True these weights (E, P); their averages stay.
+
+        But those of an episode that holds one which is not finite begin anew.
+        """
+        self.flat = torch.where(episodes[:, None], flat, self.flat)
+        self.outer_update = (self.flat - self._before).norm(dim=1)
+        broken = (episodes & ~(self.m.isfinite() & self.v.isfinite()).all(1))[:, None]
+        self.m, self.v = self.m.masked_fill(broken, 0.0), self.v.masked_fill(broken, 0.0)
+        self.decay1, self.decay2 = (d.masked_fill(broken, 1.0) for d in (self.decay1, self.decay2))
 
     # registers: weights and optimizer state of some of the episodes
 

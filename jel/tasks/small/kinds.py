@@ -8,6 +8,7 @@ by them.
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from functools import lru_cache
@@ -30,6 +31,7 @@ TRAINING = (
     "finetune",
     "overfit",
     "rescaled",
+    "uneven",
 )
 HELD_OUT = ("cnn", "gru", "transformer", "breast_cancer", "wine")
 
@@ -137,6 +139,12 @@ DRAWS = {
         "base": draw(r.choice(["digits", "regression", "context", "tabular", "recommend"]), r.randrange(1000, 2000)),
         "scale": log_uniform(r, 5, 50),
     },
+    # some other kind's task each of whose tensors has units of its own: no one rate suits them all
+    "uneven": lambda r: {
+        "base": draw(r.choice(["digits", "context", "sequence", "recommend", "autoencoder"]), r.randrange(2000, 3000)),
+        "scale": log_uniform(r, 0.03, 0.3),
+        "spread": log_uniform(r, 3, 30),
+    },
     # held out
     "cnn": lambda r: {
         "channels": r.choice([[8, 8], [6, 12], [6, 6, 12]]),
@@ -218,6 +226,14 @@ def _rescaled(s: Spec, g: torch.Generator) -> SmallTask:
     return replace(build(s["base"]), scale=s["scale"])
 
 
+def _uneven(s: Spec, g: torch.Generator) -> SmallTask:
+    """The scale of a tensor is between `scale` and `scale` times `spread`."""
+    base = build(s["base"])
+    sizes = [math.prod(shape) for shape, _, _ in base.model.layout]
+    parts = s["scale"] * s["spread"] ** torch.rand(len(sizes), generator=g)
+    return replace(base, scale=torch.cat([x.expand(n) for x, n in zip(parts, sizes)]))
+
+
 def _finetune(s: Spec, g: torch.Generator) -> SmallTask:
     """The start is a network trained on much data of the same labelling; what follows has few, noisier rows."""
     many = data.tabular(s["n_train"] + 2000, **_labelling(s), generator=g)
@@ -281,6 +297,7 @@ BUILDERS = {
     "finetune": _finetune,
     "overfit": _tabular,
     "rescaled": _rescaled,
+    "uneven": _uneven,
     "cnn": _cnn,
     "gru": _gru,
     "transformer": _transformer,
