@@ -52,6 +52,11 @@ def multipliers_of_groups(multipliers: Multipliers, names: Sequence[str], groups
     return held
 
 
+def with_rates(held: Held, factor: float) -> Held:
+    """Those multipliers, of learning rates `factor` times as large."""
+    return held if factor == 1 else [{**own, "lr": own.get("lr", 1.0) * factor} for own in held]
+
+
 def bounded(
     wanted: Held,
     before: Held | None,

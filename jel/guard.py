@@ -101,6 +101,11 @@ class Guard:
     # -------------------------------------------------------------------------
     # what the scheduler calls
 
+    @property
+    def rates_left(self) -> float:
+        """What all retreats together have left of the learning rates."""
+        return self.cut**self.retreated
+
     def observe(self, step: int, loss: float | Tensor) -> None:
         """The training loss of step number `step`, from 1; a tensor stays on its device."""
         if step <= self._until:

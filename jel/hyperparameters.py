@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from jel.errors import JelError
+
 Value = float | Tensor  # a tensor has no dimensions, or that of episodes side by side
 
 FROM_ONE = "1-"
 MOMENTA = {"beta1": 0, "momentum": 0, "beta2": 1}  # the place in `betas`
 HIGHEST_MOMENTUM = 0.9999  # what a multiplier may raise a momentum to; a base above it stays
 DESCRIBED = ("lr", "weight_decay", "beta1", "beta2", "momentum")  # base values that a contract records
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside a wrapper such as Accelerate's. Raises `JelError` for what is no optimizer."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise JelError(f"{type(optimizer).__name__} is no torch optimizer")
+    return optimizer
 
 
 def group_names(optimizer: Optimizer) -> list[str]:

@@ -5,7 +5,7 @@
 
 There is no rate to choose: it begins at the values that the optimizer was made with, torch's own defaults as well as
 any (AdamW: 1e-3, 0.9, 0.999, 1e-2). Give it a validation loss when you have one: `scheduler.observe(val_loss=...)`, and
-then `guard=jel.ValidationGuard(...)` too: the shipped policy was trained on runs that end with their best weights.
+then `guard=jel.ValidationGuard(...)` too: the shipped policy was trained on runs that go back to their best weights.
 
 Shapes: A knobs, F features.
 """
@@ -197,7 +197,10 @@ class LhoptController(Controller):
 
 
 class ProbedLhopt(LhoptController):
-    """For a loop that measures `probe_loss` where a controller asks for it, as base_train does: its validation loss."""
+    """For a loop that measures `probe_loss` where a controller asks for it, as base_train does: its validation loss.
+
+    In training a policy that was shown one was under a guard too, which base_train does not have.
+    """
 
     observes = frozenset({"progress", "probe_loss"})
 

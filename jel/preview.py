@@ -10,8 +10,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from jel.errors import JelError
-from jel.hyperparameters import FROM_ONE, group_names, kind_of, live
-from jel.scheduler import Scheduler, unwrapped
+from jel.hyperparameters import FROM_ONE, group_names, kind_of, live, unwrapped
+from jel.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from jel.controller import Controller, PolicyController
 from jel.errors import JelError
 from jel.features import OBSERVATIONS
-from jel.lhopt import LhoptController
+from jel.lhopt import LhoptController, ProbedLhopt
 from jel.schedule import ScheduleController
 
-# name -> what makes the controller; `jel.Scheduler` takes these names too
+# name -> what makes the controller for `jel.Scheduler`, whose loop may tell a validation loss
 CONTROLLERS: dict[str, Callable[[], Controller]] = {"jel": PolicyController, "lhopt": LhoptController}
 
 
 def load_controller(spec: str, policy: str | None = None) -> Controller | None:
     """The controller that a flag names, or None for "none".
 
-    "jel": the learned policy at path `policy`, or the shipped one. "schedule": replays the exported schedule at path
-    `policy`. "PYTHON.PATH:Class": a class of your own, made without arguments, or with `policy=` if one is given.
+    "jel": the learned policy at path `policy`, or the shipped one; "lhopt" likewise, a recurrent one that is told the
+    loop's probe loss and was trained to decide every twentieth of a run. "schedule": replays the exported schedule at
+    path `policy`. "PYTHON.PATH:Class": a class of your own, made without arguments, or with `policy=` if one is given.
     Raises `JelError` for a name that does not import, or a class that does not keep the contract.
     """
     if spec == "none":
@@ -29,6 +30,8 @@ def load_controller(spec: str, policy: str | None = None) -> Controller | None:
         return None
     if spec == "jel":
         return PolicyController(policy)
+    if spec == "lhopt":
+        return ProbedLhopt(policy)
     if spec == "schedule":
         if not policy:
             raise JelError("controller schedule needs the path of an exported schedule as its policy")
@@ -39,7 +42,7 @@ def load_controller(spec: str, policy: str | None = None) -> Controller | None:
 def _imported_class(spec: str) -> type:
     module_name, colon, class_name = spec.partition(":")
     if not (colon and module_name and class_name):
-        raise JelError(f"unknown controller {spec!r}; use none, jel, schedule or PYTHON.PATH:Class")
+        raise JelError(f"unknown controller {spec!r}; use none, jel, lhopt, schedule or PYTHON.PATH:Class")
     try:
         module = importlib.import_module(module_name)
     except Exception as e:  # a foreign module may fail in any way

@@ -23,12 +23,21 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from jel.base_values import BaseValues, first_rates
 from jel.contract import CONSTANT
 from jel.controller import Decision, as_decision
-from jel.decisions import BOUNDS, MAX_CHANGE, Held, bounded, check_bound_names, check_bounds, multipliers_of_groups
+from jel.decisions import (
+    BOUNDS,
+    MAX_CHANGE,
+    Held,
+    bounded,
+    check_bound_names,
+    check_bounds,
+    multipliers_of_groups,
+    with_rates,
+)
 from jel.errors import JelError
 from jel.features import OBSERVATIONS, one_number
 from jel.guard import Guard, forget_broken
 from jel.hooks import weak_hook
-from jel.hyperparameters import copied, group_names, initial, live
+from jel.hyperparameters import copied, group_names, initial, live, unwrapped
 from jel.recording import recorded_schedule
 from jel.schedule import ScheduleController
 from jel.scheduler_state import read_state
@@ -98,7 +107,7 @@ class Scheduler(LRScheduler):
         if base_schedule is None:
             base_schedule = CONSTANT if inner is None else type(inner).__name__
         if mode == "absolute":
-            _check_contract(source, optimizer, total_steps, base_schedule)
+            source.check_contract(optimizer, total_steps, base_schedule)
 
         self.total_steps, self.inner, self.count = total_steps, inner, count
         self._base_schedule = base_schedule
@@ -156,10 +165,10 @@ class Scheduler(LRScheduler):
             self._hold(self._decide(self.last_epoch, None))
         if self.guard and "train_loss" in observations:
             self.guard.observe(self.last_epoch + 1, self._observed["train_loss"])
-        if self.guard and "val_loss" in observations:
+        if self.guard and "val_loss" in observations and self._on:
             now = self._taken if self.count == "optimizer" else self.last_epoch
             self._follow()
-            self._guarded(lambda guard: guard.validated(now, self._observed["val_loss"]))
+            self._guarded(now, lambda guard: guard.validated(now, self._observed["val_loss"]))
             self._write()  # going back may have brought other values with it
         if self._decided_at < 0 and not self._missing():  # a first decision that waited for an observation
             self._hold(self._decide(self.last_epoch, None))
@@ -195,7 +204,7 @@ class Scheduler(LRScheduler):
         self._wanted, self._decided_at = wanted, taken if due else self._decided_at
         self._step_count += 1
         if new:
-            self._guarded(lambda guard: guard.judge(taken, before))
+            self._guarded(taken, lambda guard: guard.judge(taken, before))
         if changed or due or self.inner is not None or self.guard:  # a guard's snapshot may have brought others back
             self._write()
 
@@ -210,7 +219,10 @@ class Scheduler(LRScheduler):
         return {name: dict(own) for name, own in zip(self._names, self._held())}
 
     def recorded(self) -> dict[str, Any]:
-        """What was decided so far, whatever a guard held, as a schedule for any length (jel/recording.py)."""
+        """What was decided so far, rates that a guard cut included, as a schedule for any length (jel/recording.py).
+
+        A replay goes back to no weights: where a guard did, it repeats the rates that made it.
+        """
         about = self.total_steps, self._names, self.optimizer, self._base_schedule, f"recorded from {self._source.name}"
         return recorded_schedule(self._decided, *about, self._source.knobs)
 
@@ -349,15 +361,22 @@ class Scheduler(LRScheduler):
         wanted = multipliers_of_groups(decision.multipliers, self._names, self._groups())
         if isinstance(self._bounds, Mapping):
             check_bound_names(self._bounds, wanted, self._names, self._groups())
+        if self.guard and not hasattr(self.controller, "applied"):
+            wanted = with_rates(wanted, self.guard.rates_left)
         wanted = bounded(wanted, before, self._names, self._source.knobs, self._bounds, self._max_change)
-        self._decided = [(at, held) for at, held in self._decided if at < step] + [(step, wanted)]
+        self._note(step, wanted)
         return wanted
 
-    def _guarded(self, look: Callable[[Guard], None]) -> None:
+    def _note(self, step: int, wanted: Held) -> None:
+        """Keep what was decided, for `recorded`: the last word on a step, and none after the last step."""
+        kept = [(at, held) for at, held in self._decided if at < step]
+        self._decided = kept + ([(step, wanted)] if step < self.total_steps else [])
+
+    def _guarded(self, step: int, look: Callable[[Guard], None]) -> None:
         """Have the guard look; where it goes back, momenta that are not finite go, or the weights would not stay so.
 
-        After a retreat the rates are cut until the next decision; a controller that asks what was `applied` goes on
-        from there.
+        A retreat cuts the rates: now, and in all decisions to come, unless the controller is told what was `applied`
+        and goes on from there.
         """
         if self.guard is None:
             return
@@ -367,13 +386,13 @@ class Scheduler(LRScheduler):
             return
         forget_broken(self.optimizer)
         if self.guard.retreated > before[1]:
-            cut = [{name: x * self.guard.cut if name == "lr" else x for name, x in own.items()} for own in self._wanted]
+            cut = with_rates(self._wanted, self.guard.cut)
             self._wanted = bounded(cut, None, self._names, self._source.knobs, self._bounds)
-            self._decided.append((self._steps_taken if self.count == "optimizer" else self.last_epoch, self._wanted))
+            self._note(step, self._wanted)
 
     def _held(self) -> Held:
         if self.guard and self.guard.holds_base(self.last_epoch):
-            return [dict.fromkeys(own, 1.0) for own in self._wanted]
+            return with_rates([dict.fromkeys(own, 1.0) for own in self._wanted], self.guard.rates_left)
         return self._wanted
 
     def _count(self, *_: Any) -> None:
@@ -420,28 +439,9 @@ class Scheduler(LRScheduler):
             )
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a wrapper such as Accelerate's. Raises `JelError` for what is no optimizer."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise JelError(f"{type(optimizer).__name__} is no torch optimizer")
-    return optimizer
-
-
 def _check_free(optimizer: Optimizer, inner: LRScheduler | None) -> None:
     other = _attached.get(optimizer)
     if other is not None and other() is not None:
         raise JelError("this optimizer already has a jel.Scheduler: call its release() first")
     if inner is not None and unwrapped(getattr(inner, "optimizer", None)) is not optimizer:
         raise JelError("inner is a scheduler of another optimizer")
-
-
-def _check_contract(source: Source, optimizer: Optimizer, total_steps: int, base_schedule: str) -> None:
-    if source.contract is None:
-        raise JelError(
-            f"{source.name} does not say what it was learned against, so its multipliers mean nothing here; "
-            "mode='shape' keeps your rate as the peak"
-        )
-    if misfit := source.contract.misfit(optimizer, total_steps, base_schedule):
-        raise JelError(f"{source.name} does not fit: {misfit}; mode='shape' keeps your rate as the peak")

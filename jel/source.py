@@ -70,6 +70,16 @@ class Source:
             return own(total_steps)
         return evenly_spaced(getattr(self.controller, "decisions", DECISIONS), total_steps)
 
+    def check_contract(self, optimizer: Optimizer, total_steps: int, base_schedule: str) -> None:
+        """Raise `JelError` where what was learned was learned against another base, or nobody knows against which."""
+        if self.contract is None:
+            raise JelError(
+                f"{self.name} does not say what it was learned against, so its multipliers mean nothing here; "
+                "mode='shape' keeps your rate as the peak"
+            )
+        if misfit := self.contract.misfit(optimizer, total_steps, base_schedule):
+            raise JelError(f"{self.name} does not fit: {misfit}; mode='shape' keeps your rate as the peak")
+
 
 def steps_of(points: Sequence[float], total_steps: int) -> list[int]:
     """The first step t with t / total_steps at or above each point; points that share a step are one."""

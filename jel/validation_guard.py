@@ -26,6 +26,7 @@ KEEP = 5  # copies of the best weights
 WORSE = 0.1  # as far above its first validation loss as a run may lie, as a share of it
 RETREATS = 6  # returns to the best weights for that, each at
 CUT = 0.25  # times the learning rates
+BEFORE_RETREATS = {"first": None, "retreated": 0}  # of a state saved when there were none
 
 
 def mean_of(copies: Sequence[Any]) -> Any:
@@ -47,16 +48,17 @@ class ValidationGuard(Guard):
         find it as it was), `load(copy)` puts it back.
     - `keep`: how many copies are kept, those of the best validation losses. With 1 there is nothing to take a mean of.
     - `worse`, `retreats`, `cut`: a run whose validation loss lies further above the first that it told than `worse`, as
-        a share of that, or whose loss is not finite, goes back to its best weights and on, at `cut` times its learning
-        rates; so often at most.
+        a share of that, or whose loss is not finite, goes back to its best weights and on, from then at `cut` times its
+        learning rates; so often at most. Infinity and 0 switch it off.
     - `every`: optimizer steps between looks at the training loss, which must be finite.
     - `margin`: how far a validation loss may lie above the best so far, as a share of the best. By default any way:
         what was good is kept, and a policy that may try more ends better (docs/lhopt.md).
     - `patience`: how many validation losses in a row must lie above it.
 
     It trips once, at the margin or where a loss is not finite and no retreat is left: the best copy is loaded and the
-    base's values hold to the end; good weights are still copied. Copies are not part of its state: after resuming, the
-    next validation loss is the best again.
+    base's values hold to the end, rates as retreats have left them; good weights are still copied. Copies are not part
+    of its state: after resuming, the next validation loss is the best again. Where several ranks train one model, tell
+    each of them the same losses: the guard goes by what it is told.
     """
 
     def __init__(
@@ -93,7 +95,8 @@ class ValidationGuard(Guard):
         self._until = 0
         self._last: float | Tensor = 0.0
         self._kept: list[tuple[float, int, Any]] = []  # (validation loss, step, copy), the best first
-        self.first, self.best, self.best_step = math.nan, math.inf, -1
+        self.first, self.best, self.best_step = math.nan, math.inf, -1  # validation losses
+        self._returned = -1  # the step of the last retreat, whose own training loss says nothing new
 
     def check_length(self) -> None:
         """Every length will do."""
@@ -102,7 +105,8 @@ class ValidationGuard(Guard):
         """Without losses it watches nothing, which is no error."""
 
     def observe(self, step: int, loss: float | Tensor) -> None:
-        self._last = loss
+        if step > self._returned:
+            self._last = loss
 
     def validated(self, step: int, loss: float | Tensor) -> None:
         """A validation loss after so many steps: a good one is copied, one that lies too far above goes back."""
@@ -114,13 +118,13 @@ class ValidationGuard(Guard):
             self.best, self.best_step, _ = kept[0]
         if self.tripped is not None:
             return
-        if math.isnan(self.first):
+        if math.isnan(self.first) and math.isfinite(value):
             self.first = value
         far = value > self.best + self.margin * abs(self.best)  # infinity times 0 is no number: nothing lies above it
         self._strikes = self._strikes + 1 if far else 0
         if self._kept and self._strikes >= self.patience:
             self._back(step, f"validation loss {value:.4g}, the best was {self.best:.4g}")
-        elif self._kept and not value <= self.first + self.worse * abs(self.first):
+        elif self._kept and not value <= self._limit:
             self._retreat(step, f"validation loss {value:.4g}, the first was {self.first:.4g}", math.isfinite(value))
 
     def judge(self, step: int, before: int | None = None) -> None:
@@ -144,14 +148,19 @@ class ValidationGuard(Guard):
         return self.best_step
 
     def _retreat(self, step: int, why: str, finite: bool) -> None:
-        """To the best weights and on, where there is one left; what is not finite trips the guard otherwise."""
-        if self._kept and self.retreated < self.retreats:
-            self.retreated, self._last = self.retreated + 1, 0.0
+        """To the best weights and on, where one is left and they are good; else what is not finite trips the guard."""
+        if self._kept and self._kept[0][0] <= self._limit and self.retreated < self.retreats:
+            self.retreated, self._returned, self._last, self._strikes = self.retreated + 1, step, 0.0, 0
             self._load(self._kept[0][2])  # type: ignore[misc]
             how = f"back to the weights of step {self.best_step}, rates x {self.cut:g}"
             print(f"jel guard: step {step}: {why}: {how}", flush=True)
         elif not finite:
             self._back(step, why)
+
+    @property
+    def _limit(self) -> float:
+        """The validation loss above which the run is worse than its start."""
+        return math.inf if self.worse == math.inf else self.first + self.worse * abs(self.first)
 
     def _back(self, step: int, why: str) -> None:
         line = f"jel guard: step {step}: {why}: back to the base"
@@ -165,7 +174,11 @@ class ValidationGuard(Guard):
         best = {"first": known(self.first), "best": known(self.best), "best_step": self.best_step}
         return {**super().state_dict(), **best, "retreated": self.retreated}
 
+    def check_state(self, state: Any) -> None:
+        super().check_state({**BEFORE_RETREATS, **state} if isinstance(state, dict) else state)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = {**BEFORE_RETREATS, **state}
         super().load_state_dict(state)
         self.first = math.nan if state["first"] is None else float(state["first"])
         self.best = math.inf if state["best"] is None else float(state["best"])

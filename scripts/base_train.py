@@ -88,7 +88,7 @@ def flags() -> argparse.ArgumentParser:
         default="constant",
         help="of Muon's rate and decay in a schedule-free run; warmdown: the base schedule, as in the other runs",
     )
-    flag("--controller", default="none", help="none, jel, schedule, or PYTHON.PATH:Class")
+    flag("--controller", default="none", help="none, jel, lhopt, schedule, or PYTHON.PATH:Class")
     flag("--policy", help="the controller's policy (or schedule) file; default: the policy shipped with the package")
     flag("--decision-interval", type=int, default=50, help="steps between the controller's decisions")
     # evaluation, saving, logging

@@ -65,7 +65,9 @@ class LiveRun:
         self.controller.policy.act = seen
 
     def loss(self, inputs, targets):
-        weights = [p * self.task.scale for p in self.params]
+        scale = torch.as_tensor(self.task.scale, dtype=inputs.dtype if inputs.is_floating_point() else None)
+        whole = self.task.model.tensors(scale.expand(1, self.task.n_params))
+        weights = [p * s for p, s in zip(self.params, whole)]
         return LOSSES[self.task.loss](self.task.model.forward(weights, inputs[None]), targets[None])[0]
 
     @torch.no_grad()

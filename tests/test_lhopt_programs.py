@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from jel.errors import JelError
+from jel.lhopt import LhoptController
 from jel.policy_lstm import default_lhopt_path, load_lhopt_policy
+from jel.registry import load_controller
 from jel.tasks.small.bank import SEEDS, SETTINGS, BankTask
 from jel.tasks.small.kinds import draw
 from nanochat.common import UserError
@@ -130,9 +132,18 @@ def test_the_table_of_pretraining_compares_seed_by_seed():
     assert "| LHOPT | 4.0000" in text and "-0.5000 (-0.5000, -0.5000)" in text
 
 
+def test_a_probe_loss_is_a_validation_loss():
+    model = torch.nn.Linear(3, 1)
+    decided = []
+    for controller, told in ((load_controller("lhopt"), {}), (LhoptController(), {"val_loss": 2.0})):
+        controller.attach(torch.optim.AdamW(model.parameters()))
+        controller.observe(**told)
+        decided.append(controller.decide({"progress": 0.0, "probe_loss": 2.0}))
+    assert load_controller("lhopt").observes == {"progress", "probe_loss"} and decided[0] == decided[1]
+
+
 def test_a_policy_turns_every_group_of_nanochat(base):
     from jel.knobs import apply_multipliers
-    from jel.lhopt import LhoptController
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.lr_schedule import base_hparams
 

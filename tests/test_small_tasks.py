@@ -44,6 +44,17 @@ def test_a_task_of_each_kind_learns_and_its_episodes_are_their_own(kind):
     assert together.evaluate("train").mean() < before
 
 
+def test_every_tensor_of_an_uneven_task_has_one_scale():
+    spec = draw("uneven", 1)
+    task = build(spec)
+    scales = [t.unique() for t in task.model.tensors(task.scale[None])]
+    assert all(len(t) == 1 for t in scales) and len({float(t) for t in scales}) > 2
+    assert all(spec["scale"] <= float(t) <= spec["scale"] * spec["spread"] * 1.0001 for t in scales)
+    twin, plain = Episodes(task, [3]), Episodes(build(spec["base"]), [3])  # the same network, told in other units
+    torch.testing.assert_close(twin.flat * task.scale, plain.flat * build(spec["base"]).scale)
+    torch.testing.assert_close(twin.evaluate("val"), plain.evaluate("val"))
+
+
 def test_held_out_kinds_are_not_trained_on():
     assert not set(TRAINING) & set(HELD_OUT) and {"cnn", "gru", "transformer", "breast_cancer", "wine"} == set(HELD_OUT)
 

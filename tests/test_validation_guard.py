@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 import jel
 from jel.errors import JelError
+from jel.learn.control import Best
+from jel.validation_guard import WORSE
 from tests.lhopt_runs import Loop
 
 
@@ -112,25 +115,109 @@ def test_a_run_worse_than_its_start_goes_back_and_on_at_lower_rates(capsys):
 
 
 class Twice(jel.Controller):
+    """Of decay alone in the second group, so that a rate which no multiplier names is cut as well."""
+
     def decide(self, observation):
-        return jel.Decision({"*": {"lr": 2.0 if observation["progress"] < 0.5 else 3.0}})
+        rate = 2.0 if observation["progress"] < 0.5 else 3.0
+        return jel.Decision({"0": {"lr": rate}, "1": {"weight_decay": 2.0}})
 
 
-@pytest.mark.parametrize("bounds, cut", [(None, 0.5), ((1.0, 4.0), 1.0)])
-def test_a_retreat_holds_within_the_users_bounds_until_the_next_decision_and_is_recorded(bounds, cut):
-    model = nn.Linear(4, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
+def two_groups():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 1)
+    groups = [{"params": list(m.parameters())} for m in (first, second)]
+    return nn.Sequential(first, second), torch.optim.AdamW(groups)
+
+
+@pytest.mark.parametrize("bounds, cut, later", [(None, 0.5, 0.75), ((1.0, 4.0), 1.0, 1.0)])
+def test_rates_stay_cut_within_the_users_bounds_and_are_recorded(bounds, cut, later):
+    model, optimizer = two_groups()
     guard = jel.ValidationGuard.of(model)
     scheduler = jel.Scheduler(optimizer, 8, Twice(), interval=4, guard=guard, bounds=bounds)
     rates = []
     for step in range(8):
         scheduler.observe(val_loss=9.0 if step == 2 else 1.0)
-        rates.append(optimizer.param_groups[0]["lr"] / 1e-3)
+        rates += [group["lr"] / 1e-3 for group in optimizer.param_groups]
         optimizer.step()
         scheduler.step()
-    assert rates == pytest.approx([2.0] * 2 + [cut] * 2 + [3.0] * 4)
+    other = 0.25 if bounds is None else 1.0
+    assert rates == pytest.approx([2.0, 1.0] * 2 + [cut, other] * 2 + [later, other] * 4)
+    assert optimizer.param_groups[1]["weight_decay"] == pytest.approx(2e-2)
     decisions = scheduler.recorded()["decisions"]
-    assert [d["multipliers"]["*"]["lr"] for d in decisions] == pytest.approx([2.0, cut, 3.0])
+    assert [d["multipliers"]["0"]["lr"] for d in decisions] == pytest.approx([2.0, cut, later])
+    scheduler.observe(val_loss=math.nan)  # after the last step
+    scheduler.recorded()
+    for _ in range(9):
+        scheduler.observe(val_loss=math.inf)
+    assert guard.tripped and optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.25**6)  # the base's, as cut
+
+
+def test_it_is_not_its_turn_before_a_sequential_scheduler_comes_to_it():
+    model, optimizer = two_groups()
+    guard = jel.ValidationGuard.of(model)
+    warm = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 3)
+    ours = jel.Scheduler(optimizer, 4, Twice(), interval=2, guard=guard)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, ours], milestones=[3])
+    for step, loss in enumerate((1.0, 5.0, 5.0, 5.0, 6.0, 7.0)):
+        ours.observe(val_loss=loss)
+        assert guard.retreated == (step > 3) + (step > 4)
+        optimizer.step()
+        both.step()
+    assert guard.first == 5.0
+
+
+@pytest.mark.parametrize(
+    "worse, losses, back",
+    [
+        (0.1, (math.nan, math.inf, 2.0, 1.9, 2.1, 2.3), 1),  # the first that is finite
+        (math.inf, (0.0, 5.0, 1e9), 0),
+        (0.0, (1.0, 1.0, 1.0 + 1e-6), 1),
+    ],
+)
+def test_what_a_run_is_held_against(worse, losses, back):
+    """The guard, and its batched twin of the training environment."""
+    guard = jel.ValidationGuard(lambda: 0, lambda kept: None, worse=worse)
+    guard.start(10, ())
+    for step, loss in enumerate(losses):
+        guard.validated(step, loss)
+    assert guard.retreated == back and guard.tripped is None
+    if worse == WORSE:
+        best, put = Best(1, 5), []
+        episodes = SimpleNamespace(put_back=lambda flat, which: put.append(bool(which)))
+        for loss in losses:
+            best.see(torch.zeros(1, 2), torch.tensor([loss]))
+            best.retreat(episodes, torch.tensor([loss]))
+        assert put == [True] * back
+
+
+def test_one_event_costs_one_retreat_whatever_is_told_first():
+    for order in (("val_loss", "loss"), ("loss", "val_loss")):
+        loop, guard = guarded(every=1)
+        loop.scheduler.observe(val_loss=1.0)
+        loop.train(range(100, 104))
+        loop.optimizer.step()
+        for name in order:
+            loop.scheduler.observe(**{name: math.nan})
+        loop.scheduler.step()
+        assert guard.retreated == 1 and guard.tripped is None
+
+
+def test_after_resuming_it_does_not_go_back_to_what_is_no_better():
+    loop, guard = guarded()
+    loop.scheduler.observe(val_loss=1.0)
+    loop.train(range(100, 103))
+    kept = {name: x for name, x in guard.state_dict().items()}
+    old = {name: x for name, x in kept.items() if name not in ("first", "retreated")}  # of a version without retreats
+    for state, first in ((kept, 1.0), (old, 2.0)):
+        other = jel.ValidationGuard(lambda: "copy", lambda copy: None)
+        other.start(40, ())
+        other.check_state(state)
+        other.load_state_dict(state)
+        for step, loss in enumerate((2.0, 1.9, 2.05)):
+            other.validated(10 + step, loss)
+        assert (other.first, other.retreated, other.tripped) == (first, 0, None)
+        other.validated(20, 0.9)
+        other.validated(21, 3.0)
+        assert other.retreated == 1
 
 
 def test_what_it_has_seen_survives_a_checkpoint():

@@ -174,7 +174,7 @@ def random_starts(seeds: int, generator: torch.Generator, noise: Sequence[tuple[
 
 
 class Best:
-    """The `keep` weights (keep, E, P) of each episode that validated best so far; `jel.ValidationGuard`, batched."""
+    """The `keep` weights (keep, E, P) of each episode that validated best so far: what a guard does, at its looks."""
 
     def __init__(self, e: int, keep: int, retreats: int = RETREATS):
         self.val, self.flat = torch.full((keep, e), math.inf), torch.empty(0)
@@ -184,6 +184,7 @@ class Best:
         """Weights (E, P) and their validation losses (E,): they take the place of the worst held, where better."""
         if not len(self.flat):
             self.flat, self.first = flat.new_zeros(len(self.val), *flat.shape), val
+        self.first = torch.where(self.first.isfinite(), self.first, val)
         worst, at = self.val.max(0)
         e = (val < worst).nonzero()[:, 0]
         self.val[at[e], e], self.flat[at[e], e] = val[e], flat[e]

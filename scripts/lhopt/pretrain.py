@@ -6,8 +6,9 @@
 
 No policy was trained on this model, its optimizer or its text. A run is scripts.base_train's, from a learning rate of
 1e-3 and a weight decay of 1e-2 for every group; the policy watches the training loss and the optimizer, and decides
-20 times. Runs lie in runs/<preset>/lhopt/, and finished ones are not repeated. The other lines of the table are the
-runs of `scripts.sweep --what methods` under the same base directory, where there are some.
+20 times. The loss on the fixed probe batches, which no gradient sees, is its validation loss (but there is no guard);
+in the other runs it is shown none. Runs lie in runs/<preset>/lhopt/, and finished ones are not repeated. The other
+lines of the table are the runs of `scripts.sweep --what methods` under the same base directory, where there are some.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from scripts.presets import add_preset_flag, parse_with_preset
 from scripts.report.statistics import compare, summarize
 from scripts.runs import run_folder
 
-UNDER_LHOPT = ["--hparams", "uniform", "--controller", "jel.lhopt:LhoptController"]
+# what is added to a row's name, --controller, what is added to its folders' names
+CONTROLLERS = (("", "lhopt", "-probed"), (", no held-out loss", "jel.lhopt:LhoptController", ""))
 FIXED = (1.0, 3.0, 10.0, 17.8, 31.6, 56.2, 100.0)  # multipliers of the base rate, held
 METHODS = {
     "hand_tuned": "hand-tuned rates",
@@ -99,8 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     for label, path in zip(args.policies or ["shipped"], paths):
         _, card = load_lhopt_policy(path)
         interval = ["--decision-interval", str(-(-every_run.num_iterations // int(card["decisions"])))]
-        given = [*UNDER_LHOPT, "--policy", str(path.resolve()), *interval]
-        rows[f"LHOPT {label}"] = runs(args.preset, card["sha256"][:12], given, args.seeds)
+        for what, controller, suffix in CONTROLLERS:
+            given = ["--hparams", "uniform", "--controller", controller, "--policy", str(path.resolve()), *interval]
+            rows[f"LHOPT {label}{what}"] = runs(args.preset, card["sha256"][:12] + suffix, given, args.seeds)
     print0("\n" + table(rows))
     return 0
 

@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         card["training"],
         decisions=card["decisions"],
         meaning_of_scores="0: AdamW 1e-3 constant, decay 1e-2; 1: the best of 42 AdamW runs, with hindsight; "
-        f"runs under the policy end with the mean of their {KEEP} best weights on validation (jel.ValidationGuard)",
+        "runs under the policy go back from blow-ups and "
+        f"end with the mean of their {KEEP} best weights on validation (jel.ValidationGuard)",
         chosen_among=choice,
         held_out=record,
     )

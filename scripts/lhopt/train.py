@@ -108,9 +108,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.model_tag = args.model_tag or f"lhopt/{args.preset}-s{args.seed}"
     most = (1, LARGEST)
-    whole = ["updates", "save_every", "workers", "tasks_per_kind", "hidden", "groups", "episodes", "decisions"]
+    whole = ["updates", "save_every", "workers", "tasks_per_kind", "hidden", "groups", "decisions"]
     from_zero = ["keep", "retreats", "policy_lr", "entropy_coef"]
-    check_numbers(args, {most: whole, (0, 8): ["registers"], (0, LARGEST): from_zero})
+    check_numbers(args, {most: whole, (2, LARGEST): ["episodes"], (0, 8): ["registers"], (0, LARGEST): from_zero})
     return args
 
 
