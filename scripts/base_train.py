@@ -90,7 +90,7 @@ def flags() -> argparse.ArgumentParser:
     )
     flag("--controller", default="none", help="none, jel, lhopt, schedule, or PYTHON.PATH:Class")
     flag("--policy", help="the controller's policy (or schedule) file; default: the policy shipped with the package")
-    flag("--decision-interval", type=int, default=50, help="steps between the controller's decisions")
+    flag("--decision-interval", type=int, default=50, help="steps between decisions (lhopt: T / 20)")
     # evaluation, saving, logging
     flag(
         "--eval-every",
