@@ -107,8 +107,10 @@ def test_a_replayed_schedule_is_live_control_when_alone():
     from jel.recipes.lhopt import LhoptRecipe
 
     task, policy = tiny_tasks()[1], LhoptRecipe(hidden=8).policy(0)
-    curve, schedule = replay.live(policy, task, [5], 4)
-    torch.testing.assert_close(replay.follow(task, [5], schedule), curve, atol=1e-4, rtol=1e-3)
+    curve, final, schedule = replay.live(policy, task, [5], 4)
+    followed, last = replay.follow(task, [5], schedule)
+    torch.testing.assert_close(followed, curve, atol=1e-4, rtol=1e-3)
+    assert final.shape == last.shape == (1,)
 
 
 def test_a_missing_policy_is_one_clear_line(base):
