@@ -21,7 +21,7 @@ done
 "$PYTHON" -m scripts.lhopt.ship --policies "${policies[@]}" --out "$OUT/shipped" | tee "$OUT/choice.txt"
 "$PYTHON" -m scripts.lhopt.evaluate --policies "${policies[@]}" | tee "$OUT/held_out.txt"
 "$PYTHON" -m scripts.lhopt.replay --policy "$OUT/shipped" | tee "$OUT/replay.txt"
-"$PYTHON" -m scripts.lhopt.figures --policies "${policies[@]}"
+"$PYTHON" -m scripts.lhopt.figures --policies "${policies[@]}" --control "$OUT/shipped"
 if [ "$TINY" = 1 ]; then
   "$PYTHON" -m scripts.tok_train --preset tiny
   "$PYTHON" -m scripts.lhopt.pretrain --preset tiny --policies "${policies[@]}" | tee "$OUT/pretrain_tiny.txt"

@@ -1,6 +1,6 @@
 """Figures of LHOPT: how training went, and what a policy does to the hyperparameters of tasks it never saw.
 
-    python -m scripts.lhopt.figures --policies lhopt/tiny-s42 lhopt/tiny-s43
+    python -m scripts.lhopt.figures --policies lhopt/tiny-s42 lhopt/tiny-s43 --control lhopt/tiny-s43
 
 Writes learning.png and control.png to $NANOCHAT_BASE_DIR/lhopt/.
 """
@@ -19,10 +19,11 @@ import torch
 
 from jel.errors import JelError
 from jel.learn.control import run
-from jel.policy_lstm import load_lhopt_policy
+from jel.policy_lstm import default_lhopt_path, load_lhopt_policy
 from jel.tasks.small.bank import SEEDS, load_bank
 from jel.tasks.small.episodes import DEFAULTS
 from jel.tasks.small.kinds import HELD_OUT
+from jel.validation_guard import KEEP
 from nanochat.common import base_dir, print0, run_main
 from nanochat.run_log import read_log
 from scripts.lhopt.evaluate import policy_path
@@ -49,15 +50,15 @@ def learning_figure(tags: Sequence[str], path: Path) -> None:
     plt.close(fig)
 
 
-def control_figure(tag: str, path: Path) -> None:
-    """Each hyperparameter over progress on a task of each held-out kind, from random starts, a line a run."""
-    policy, card = load_lhopt_policy(policy_path(tag))
+def control_figure(found: Path, path: Path) -> None:
+    """Each hyperparameter over progress on a task of each held-out kind, from random starts, a line a guarded run."""
+    policy, card = load_lhopt_policy(found)
     names, decisions = policy.actions.names, int(card["decisions"])
     fig, axes = plt.subplots(len(names), len(HELD_OUT), figsize=(3 * len(HELD_OUT), 2 * len(names)), sharex=True)
     for column, kind in enumerate(HELD_OUT):
         (task,) = load_bank([kind], [0], bank_folder())
         starts = torch.cat([starts_of(task, SEEDS[:6]), torch.tensor(DEFAULTS)[None]])
-        t = run(policy, task, SEEDS[:7], starts, decisions)
+        t = run(policy, task, SEEDS[:7], starts, decisions, keep=KEEP)
         progress = torch.arange(decisions) / decisions
         for row, name in enumerate(names):
             ax = axes[row][column]
@@ -75,13 +76,14 @@ def control_figure(tag: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", required=True, help="tags under runs/")
+    parser.add_argument("--policies", nargs="+", required=True, help="tags under runs/, whose training is drawn")
+    parser.add_argument("--control", default="", help="whose control is drawn: a tag or a path; none: the shipped one")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     out = base_dir() / "lhopt"
     out.mkdir(parents=True, exist_ok=True)
     learning_figure(args.policies, out / "learning.png")
-    control_figure(args.policies[0], out / "control.png")
+    control_figure(policy_path(args.control) if args.control else default_lhopt_path(), out / "control.png")
     print0(f"figures in {out}")
     return 0
 
