@@ -31,7 +31,7 @@ def values(e, **changes):
 
 @pytest.mark.parametrize("kind", kinds([*TRAINING, *HELD_OUT]))
 def test_a_task_of_each_kind_learns_and_its_episodes_are_their_own(kind):
-    task = build(draw(kind, 2))
+    task = build(draw(kind, 1 if kind == "uneven" else 2))  # uneven-2 is made of digits
     together, alone = Episodes(task, [5, 6, 7]), Episodes(task, [6])
     rate = 0.01 / float(torch.as_tensor(task.scale).max().clamp_min(1))
     for run in (together, alone):
