@@ -53,7 +53,7 @@ def test_training_stopped_and_resumed_ends_with_the_same_policy(base):
 
 
 def test_bad_flags_are_one_clear_line():
-    for flags in (["--updates", "0"], ["--registers", "9"], ["--policy-lr", "nan"]):
+    for flags in (["--updates", "0"], ["--episodes", "1"], ["--registers", "9"], ["--policy-lr", "nan"]):
         with pytest.raises(UserError, match=flags[0].strip("-")):
             train.parse(flags)
     assert train.asked_for(["--recipe", "lhopt"]) and train.asked_for(["--recipe=lhopt", "--seed", "1"])
@@ -137,11 +137,16 @@ def test_the_table_of_pretraining_compares_seed_by_seed():
 def test_a_probe_loss_is_a_validation_loss():
     model = torch.nn.Linear(3, 1)
     decided = []
-    for controller, told in ((load_controller("lhopt"), {}), (LhoptController(), {"val_loss": 2.0})):
+    for controller, told in (
+        (load_controller("lhopt"), {}),
+        (LhoptController(), {"val_loss": 2.0}),
+        (LhoptController(), {}),
+    ):
         controller.attach(torch.optim.AdamW(model.parameters()))
         controller.observe(**told)
         decided.append(controller.decide({"progress": 0.0, "probe_loss": 2.0}))
-    assert load_controller("lhopt").observes == {"progress", "probe_loss"} and decided[0] == decided[1]
+    assert load_controller("lhopt").observes == {"progress", "probe_loss"}
+    assert decided[0] == decided[1] != decided[2]
 
 
 def test_a_policy_turns_every_group_of_nanochat(base):

@@ -91,8 +91,8 @@ def controlled(
         e = len(SEEDS)
         at = torch.tensor(DEFAULTS).repeat(e, 1) if starts == "default" else starts_of(task, SEEDS)
         generator = torch.Generator().manual_seed(5) if mode == "sample" else None
-        how = {"generator": generator, "greedy": mode == "greedy", "hide_val": hide_val}
-        return run(policy, task, SEEDS, at, decisions, keep=keep, retreats=retreats, **how).final  # type: ignore[arg-type]
+        how = {"generator": generator, "greedy": mode == "greedy", "hide_val": hide_val, "keep": keep}
+        return run(policy, task, SEEDS, at, decisions, retreats=retreats, **how).final  # type: ignore[arg-type]
 
     ends = (f", mean of {keep}, {retreats} retreats" if keep else "") + (", no validation" if hide_val else "")
     return f"LHOPT {card['sha256'][:12]} {mode} {starts}{ends}", compute

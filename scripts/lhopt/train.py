@@ -1,6 +1,6 @@
 """Meta-train LHOPT: groups of episodes on the small tasks of the bank, PPO after each batch of groups.
 
-    python -m scripts.meta_train --recipe lhopt                      89,600 episodes, about 17 minutes of one idle core
+    python -m scripts.meta_train --recipe lhopt                      89,600 episodes, about 18 minutes of one core
     torchrun --standalone --nproc_per_node 4 -m scripts.meta_train --recipe lhopt    the same policy from 4 processes
     python -m scripts.lhopt.train --preset smoke                     a minute, for tests
     python -m scripts.lhopt.train --no-cdf --model-tag lhopt/no-cdf  an ablation; see --help for the others
@@ -57,7 +57,7 @@ def flags() -> argparse.ArgumentParser:
     flag("--recipe", choices=["lhopt"], default="lhopt", help="taken from scripts.meta_train")
     flag("--preset", choices=list(PRESETS), default="tiny")
     flag("--seed", type=int, default=42)
-    flag("--updates", type=int, default=700)
+    flag("--updates", type=int, default=LhoptRecipe.updates)
     flag("--model-tag", default="", help="folder under runs/; default lhopt/<preset>-s<seed>")
     flag("--resume", choices=["auto", "none"], default="auto")
     flag("--save-every", type=int, default=20, help="updates")
@@ -72,15 +72,15 @@ def flags() -> argparse.ArgumentParser:
     flag("--paper-steps", action="store_true", help="the paper's seven steps of the rate, without x0.25 and x4")
     flag("--no-cdf", action="store_true", help="ablation: no historical CDFs")
     flag("--no-recurrence", action="store_true", help="ablation: a layer in the place of the LSTM")
-    flag("--hidden", type=int, default=64)
+    flag("--hidden", type=int, default=LhoptRecipe.hidden)
     flag("--registers", type=int, default=0, help="checkpoints that the policy may save and load")
     # learning
-    flag("--groups", type=int, default=4, help="tasks an update")
-    flag("--episodes", type=int, default=32, help="of a task, side by side")
-    flag("--decisions", type=int, default=20)
+    flag("--groups", type=int, default=Episode.groups, help="tasks an update")
+    flag("--episodes", type=int, default=Episode.episodes, help="of a task, side by side")
+    flag("--decisions", type=int, default=Episode.decisions)
     flag("--reward", choices=REWARDS, default="score", help="normalised score, or log speed-up over the averaged actor")
-    flag("--policy-lr", type=float, default=1e-3)
-    flag("--entropy-coef", type=float, default=0.01)
+    flag("--policy-lr", type=float, default=PPOConfig.lr)
+    flag("--entropy-coef", type=float, default=PPOConfig.entropy_coef)
     flag("--no-critic", action="store_true", help="ablation: the group's mean return in the place of a value function")
     flag("--no-privileged", action="store_true", help="ablation: the value function sees what the policy sees")
     flag(
